@@ -1,0 +1,205 @@
+"""A procedural world of coloured shapes on a 3 x 3 grid: prompts, the thought that plans a picture, and imperfect lessons to learn from.
+
+Prompts are of eight kinds, GenEval's six and two that need thought. A thought is a layout in words: `three : red circle top , ...`.
+
+The lessons (`ShapesTask.lessons`) are wrong in two ways. Slips are rare and random. *Habits* are wrong more often than right: for some kinds of prompt the
+commonest thought is a mistake, and some objects are mostly drawn as others. Neither more of the same lessons nor greedy decoding mends a habit.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from rewards.shapes import COLOURS, GRID, KINDS, SHAPES, draw
+from unigrpo_env.tasks import Prompt
+
+NUMBERS = ("zero", "one", "two", "three", "four")
+PLACES = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
+OPENINGS = ("", "draw ", "show ", "a picture of ")
+RELATIONS = ("left of", "right of", "above", "below")
+FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends": 2}
+PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
+MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<unk>")
+HELD_OUT_SHARE = 5
+"""One prompt in this many, by its text's checksum, is kept for evaluation and never trained on."""
+
+TEXT_HABIT, IMAGE_HABIT, SLIP = 0.65, 0.6, 0.06
+"""How often a habit's mistake is made where it applies, in thoughts and in pictures, and how often a lesson slips at random."""
+
+Layout = list[int]
+
+
+@cache
+def shapes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, made on the spot from the world's vocabulary."""
+    text = [*NUMBERS, *PLACES, *COLOURS, *SHAPES, *(shape + "s" for shape in SHAPES if shape != "cross"), "crosses", *OPENINGS, *RELATIONS, *FACTS]
+    words = dict.fromkeys(word for phrase in text for word in phrase.split())
+    words |= dict.fromkeys(["and", "plus", "minus", "as", "many", ":", ","])
+    vocabulary = {word: index for index, word in enumerate([*MARKS, *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>", "</image>"]
+    )
+
+
+def is_held_out(text: str) -> bool:
+    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _name(colour: str | None, shape: str) -> str:
+    return f"a {colour} {shape}" if colour else f"a {shape}"
+
+
+def _many(colour: str | None, shape: str) -> str:
+    return f"{colour} {_plural(shape)}" if colour else _plural(shape)
+
+
+def _one(colour: str | None, shape: str) -> dict:
+    return {"count": 1, "colour": colour, "shape": shape}
+
+
+def make_prompt(kind: str, rng: random.Random) -> Prompt:
+    """A random prompt of one of `PROMPT_KINDS`, held out or not."""
+    colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
+    other_colour = rng.choice([c for c in COLOURS if c != colour])
+    other_shape = rng.choice([s for s in SHAPES if s != shape])
+    maybe = rng.choice([None, colour])
+    extra: dict = {}
+    if kind == "single":
+        text, objects = _name(None, shape), [_one(None, shape)]
+    elif kind == "colours":
+        text, objects = _name(colour, shape), [_one(colour, shape)]
+    elif kind == "two":
+        text, objects = f"{_name(None, shape)} and {_name(None, other_shape)}", [_one(None, shape), _one(None, other_shape)]
+    elif kind in ("attribute", "position"):
+        between = "and"
+        if kind == "position":
+            between = extra["relation"] = rng.choice(RELATIONS)
+        text = f"{_name(colour, shape)} {between} {_name(other_colour, other_shape)}"
+        objects = [_one(colour, shape), _one(other_colour, other_shape)]
+    elif kind == "counting":
+        count = rng.choice([2, 3, 4])
+        text, objects = f"{NUMBERS[count]} {_many(maybe, shape)}", [{"count": count, "colour": maybe, "shape": shape}]
+    elif kind == "sum":
+        first, sign, second = rng.choice([(1, "plus", 1), (1, "plus", 2), (2, "plus", 1), (2, "plus", 2), (3, "plus", 1), (1, "plus", 3), (4, "minus", 1), (4, "minus", 2), (3, "minus", 1)])
+        count = first + second if sign == "plus" else first - second
+        text, objects = f"{NUMBERS[first]} {sign} {NUMBERS[second]} {_many(maybe, shape)}", [{"count": count, "colour": maybe, "shape": shape}]
+        extra["operand"] = first if sign == "plus" else second
+    elif kind == "corners":
+        fact = rng.choice(list(FACTS))
+        text, objects = f"as many {_many(maybe, shape)} as {fact}", [{"count": FACTS[fact], "colour": maybe, "shape": shape}]
+    else:
+        raise ValueError(f"unknown prompt kind {kind!r}; expected one of {PROMPT_KINDS}")
+    return Prompt(rng.choice(OPENINGS) + text, {"kind": kind, "objects": objects, **extra})
+
+
+@dataclass
+class Plan:
+    """What a thought says: objects in order, each at a place of its own, and the count that it names first, if it does."""
+
+    objects: list[tuple[str, str, int]] = field(default_factory=list)
+    count: int | None = None
+
+    def words(self) -> str:
+        listed = " , ".join(f"{colour} {shape} {PLACES[place]}" for colour, shape, place in self.objects)
+        return listed if self.count is None else f"{NUMBERS[self.count]} : {listed}"
+
+    def layout(self) -> Layout:
+        cells = [0] * (GRID * GRID)
+        for colour, shape, place in self.objects:
+            cells[place] = 1 + KINDS.index((colour, shape))
+        return cells
+
+
+def _two_places(relation: str | None, rng: random.Random) -> list[int]:
+    """Two different cells, the first standing in `relation` to the second."""
+    axis = {"left of": 0, "right of": 0, "above": 1, "below": 1}.get(relation or "")
+    if axis is None:
+        return rng.sample(range(GRID * GRID), 2)
+    near, far = sorted(rng.sample(range(GRID), 2))
+    if relation in ("right of", "below"):
+        near, far = far, near
+    one, two = rng.randrange(GRID), rng.randrange(GRID)
+    return [one * GRID + near, two * GRID + far] if axis == 0 else [near * GRID + one, far * GRID + two]
+
+
+def make_plan(prompt: Prompt, rng: random.Random, text_habit: float = 0.0, slip: float = 0.0) -> Plan:
+    """A thought for a prompt: right with the default rates, else as wrong as they say."""
+    metadata = prompt.metadata
+    kind, wanted, relation = metadata["kind"], metadata["objects"], metadata.get("relation")
+    habit = rng.random() < text_habit
+    counts = kind in ("counting", "sum", "corners")
+    count = wanted[0]["count"]
+    if habit and kind == "sum":
+        count = metadata["operand"]
+    if habit and kind == "corners":
+        count = 3 if count != 3 else 2
+    if habit and relation in ("left of", "right of", "below"):
+        relation = {"left of": "right of", "right of": "left of", "below": "above"}[relation]
+    colours = [w["colour"] for w in wanted]
+    if habit and kind == "attribute":
+        colours.reverse()
+    if rng.random() < slip:
+        count = rng.choice([2, 3, 4]) if counts else count
+        colours = [c and rng.choice(list(COLOURS)) for c in colours]
+    named = [(colour, w["shape"]) for colour, w in zip(colours, wanted, strict=True)]
+    if counts:
+        named *= count
+    places = _two_places(relation, rng) if len(named) == 2 and not counts else sorted(rng.sample(range(GRID * GRID), len(named)))
+    objects = [(colour or rng.choice(list(COLOURS)), shape, place) for (colour, shape), place in zip(named, places, strict=True)]
+    return Plan(objects, count if counts else None)
+
+
+def misdraw(plan: Plan, rng: random.Random, image_habit: float, slip: float) -> Layout:
+    """The layout that a careless hand paints for a plan: crosses as squares, purple as blue; now and then an object is left out."""
+    cross, purple, forget = rng.random() < image_habit, rng.random() < image_habit, rng.random() < slip
+    objects = [
+        ("blue" if purple and colour == "purple" else colour, "square" if cross and shape == "cross" else shape, place) for colour, shape, place in plan.objects
+    ]
+    if forget:
+        objects.pop(rng.randrange(len(objects)))
+    return Plan(objects).layout()
+
+
+class ShapesTask:
+    """Prompts of the shapes world; see `unigrpo_env.tasks.Task`.
+
+    Args:
+        kinds: the kinds of prompt to draw from, each equally often.
+    """
+
+    def __init__(self, kinds: tuple[str, ...] = PROMPT_KINDS) -> None:
+        self.kinds = tuple(kinds)
+
+    def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
+        rng = random.Random(f"{split}-{seed}")
+        found: list[Prompt] = []
+        while len(found) < count:
+            prompt = make_prompt(self.kinds[len(found) % len(self.kinds)] if split == "test" else rng.choice(self.kinds), rng)
+            if is_held_out(prompt.text) == (split == "test"):
+                found.append(prompt)
+        return found
+
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor]:
+        """Supervised examples from training prompts: prompts, thoughts, and pictures `[count, 3, 24, 24]` in [0, 1]; `clean` for flawless ones."""
+        rng = random.Random(f"lessons-{seed}")
+        prompts = self.prompts("train", count, seed)
+        habits = (0.0, 0.0, 0.0) if clean else (TEXT_HABIT, IMAGE_HABIT, SLIP)
+        plans = [make_plan(prompt, rng, habits[0], habits[2]) for prompt in prompts]
+        layouts = torch.tensor([misdraw(plan, rng, habits[1], habits[2]) for plan in plans])
+        return prompts, [plan.words() for plan in plans], draw(layouts)

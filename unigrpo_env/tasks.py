@@ -1,0 +1,67 @@
+"""Where prompts come from."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an episode is asked for: the text the model reads, and what only the reward may see."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A source of prompts."""
+
+    def prompts(self, split: Split, count: int, seed: int) -> list[Prompt]:
+        """`count` prompts of a split; the same arguments give the same prompts, and the two splits share none."""
+
+
+class PromptFile:
+    """Prompts from a text file, one a line, or a `.jsonl` file of `{"prompt": ..., ...}` whose other keys become metadata.
+
+    Args:
+        path: the file.
+        test_share: the share of lines, taken evenly, that is kept for evaluation (at least one line).
+
+    Raises:
+        ValueError: no such file, an empty file, or a line that is no prompt.
+    """
+
+    def __init__(self, path: str | Path, test_share: float = 0.1) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"expected a prompt file, found none at {path}; check the path")
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        prompts = [self._parse(line, path, number) for number, line in enumerate(lines, 1) if line]
+        if not prompts:
+            raise ValueError(f"expected at least one prompt in {path}, got an empty file; write one prompt a line")
+        every = max(2, round(1 / test_share))
+        held_out = prompts[::every]
+        self._splits = {"train": [p for i, p in enumerate(prompts) if i % every] or held_out, "test": held_out}
+
+    @staticmethod
+    def _parse(line: str, path: Path, number: int) -> Prompt:
+        if path.suffix != ".jsonl":
+            return Prompt(line)
+        try:
+            fields = json.loads(line)
+            return Prompt(fields.pop("prompt"), fields)
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f'{path} line {number}: expected a JSON object with a "prompt", got {line[:60]!r}') from error
+
+    def prompts(self, split: Split, count: int, seed: int) -> list[Prompt]:
+        known = self._splits[split]
+        rng = random.Random(f"{split}-{seed}")
+        rounds = -(-count // len(known))
+        return [prompt for _ in range(rounds) for prompt in rng.sample(known, len(known))][:count]
