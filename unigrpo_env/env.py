@@ -1,0 +1,147 @@
+"""The Gymnasium face of one episode, in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+
+from unigrpo_env.episodes import Episodes, Variant
+from unigrpo_env.rendering import render_frame
+from unigrpo_env.tasks import Prompt
+from unigrpo_env.variants import make_variant
+
+Observation = dict[str, Any]
+Action = dict[str, Any]
+
+
+class InterleavedGenEnv(gym.Env[Observation, Action]):
+    """Writing and drawing as one Markov decision process.
+
+    ## Description
+    A prompt comes in. The agent writes a thought, token by token; the token that closes it (or the end of the budget) opens an image, which begins as
+    noise at flow time t = 1 and which the agent denoises, one latent after the other, down to t = 0. Then the episode ends with its one reward.
+
+    ## Action Space
+    A `Dict`; the env reads the entry of the phase it is in and ignores the other.
+
+    | entry | space | read in | meaning |
+    |---|---|---|---|
+    | `token` | `Discrete(vocab_size)` | text phase | the next token |
+    | `latent` | `Box(-inf, inf, (L, C), float32)` | image phase | the next latent, x at `next_t` |
+
+    ## Observation Space
+    A `Dict`:
+
+    | entry | shape, dtype | meaning |
+    |---|---|---|
+    | `phase` | int | 0 text, 1 image, 2 done (`Phase`) |
+    | `tokens` | `(max_tokens,)` int64 | prompt and everything said so far, padded |
+    | `num_tokens`, `prompt_length` | int | how many of them count, how many are the prompt |
+    | `legal_tokens` | `(vocab_size,)` int8 | 1 where a token may be sampled; all 0 outside the text phase |
+    | `latent` | `(L, C)` float32 | x_t of the image being drawn, 0 before |
+    | `step` | int | denoising steps taken |
+    | `t`, `next_t` | `()` float32 in [0, 1] | flow time now and after the next step; 1 is noise, 0 the image |
+
+    A token that is not legal is appended without further effect. The observation is a copy.
+
+    ## Rewards
+    0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN, with `info["unscored"]`, where it could
+    not say. An episode that ends without a picture gets the lowest reward.
+
+    ## Starting State
+    `reset(seed=...)` draws a training prompt from the task; `options={"prompt": "..."}` (or a `Prompt`) names one. The noise x_1 depends on the seed alone.
+
+    ## Episode End
+    `terminated` when the image is done (or `end_id` was said, in variants that have it). Never `truncated`: use Gymnasium's `TimeLimit`.
+
+    ## Arguments
+    `variant`: a registered name or a `Variant`. `reward`: a registered name, a callable or weights by name; the variant's own if left out.
+    `render_mode`: `"rgb_array"` or None. Further arguments go to the variant's maker: `text_budget`, `image_steps`, `time_shift`, `task`, ...
+
+    ## Version History
+    v0: first release.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8}
+
+    def __init__(self, variant: str | Variant = "text_to_image", *, reward: Any = None, render_mode: str | None = None, **arguments: Any) -> None:
+        if render_mode not in (None, "rgb_array"):
+            raise ValueError(f"expected render_mode 'rgb_array' or None, got {render_mode!r}")
+        self.render_mode = render_mode
+        self.episodes = Episodes(make_variant(variant, reward=reward, **arguments), rows=1)
+        self.observation_space = self.episodes.observation_space()
+        self.action_space = self.episodes.action_space()
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode; see Starting State.
+
+        Raises:
+            ValueError: an unknown option, or a prompt longer than the budget.
+        """
+        super().reset(seed=seed)
+        options = check_options(options, {"prompt"})
+        episode_seed = seed if seed is not None else int(self.np_random.integers(2**31))
+        prompt = options.get("prompt")
+        if prompt is None:
+            prompt = self.episodes.variant.task.prompts("train", 1, episode_seed)[0]
+        self.episodes.reset([0], [as_prompt(prompt)], [episode_seed])
+        return self._observation(), self._info()
+
+    def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """One token or one denoising step.
+
+        Raises:
+            ResetNeeded: before the first reset.
+            KeyError, TypeError, ValueError: an action outside the action space, or a step after the end.
+        """
+        if self.episodes.prompts[0] is None:
+            raise ResetNeeded("step() before reset(): call env.reset() first")
+        token, latent = split_action(action)
+        result = self.episodes.step(torch.as_tensor(token)[None], torch.as_tensor(latent)[None], torch.ones(1, dtype=torch.bool))
+        info = self._info()
+        ended = bool(result.ended[0])
+        if ended:
+            info["text"] = self.episodes.text(0)
+            info["components"] = {name: float(values[0]) for name, values in result.components.items()}
+            info["unscored"] = bool(result.reward[0].isnan())
+        return self._observation(), float(result.reward[0]), ended, False, info
+
+    def render(self) -> np.ndarray | None:
+        """`(height, width, 3)` uint8: the picture as it stands, the words, phase and flow time."""
+        if self.render_mode is None:
+            return None
+        return render_frame(self.episodes, 0)
+
+    def _observation(self) -> Observation:
+        row = {name: value[0].numpy() for name, value in self.episodes.observe().items()}
+        row["legal_tokens"] = row["legal_tokens"].astype(np.int8)
+        return {name: value.copy() if value.ndim else np.asarray(value).astype(value.dtype)[()] if name not in ("t", "next_t") else value.copy() for name, value in row.items()}
+
+    def _info(self) -> dict[str, Any]:
+        prompt = self.episodes.prompts[0]
+        return {"prompt": prompt.text, "metadata": dict(prompt.metadata)} if prompt else {}
+
+
+def as_prompt(prompt: str | Prompt) -> Prompt:
+    """Users may name a prompt by its text alone."""
+    return Prompt(prompt) if isinstance(prompt, str) else prompt
+
+
+def check_options(options: dict[str, Any] | None, known: set[str]) -> dict[str, Any]:
+    """Reset options, or ValueError for one that nobody reads."""
+    options = options or {}
+    if unknown := options.keys() - known:
+        raise ValueError(f"unknown reset options {sorted(unknown)}; expected some of {sorted(known)}")
+    return options
+
+
+def split_action(action: Action) -> tuple[Any, Any]:
+    """The two entries of an action; raises if one is missing."""
+    try:
+        return action["token"], action["latent"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise KeyError(f"expected an action dict with 'token' and 'latent', got {action!r:.80}") from error

@@ -1,0 +1,25 @@
+"""The grid of flow times. t = 1 is pure noise, t = 0 is the image; sampling walks down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def time_grid(steps: int, shift: float = 1.0) -> Tensor:
+    """`steps + 1` float32 times from 1 to 0, moved towards noise by `t <- s t / (1 + (s - 1) t)` (UniGRPO, table 3: s = 3).
+
+    Args:
+        steps: the number of transitions, at least 1.
+        shift: s > 0; 1 leaves the grid even.
+
+    Raises:
+        ValueError: no step, or a shift that is not positive.
+
+    >>> time_grid(4, shift=3.0)
+    tensor([1.0000, 0.9000, 0.7500, 0.5000, 0.0000])
+    """
+    if steps < 1 or not shift > 0:
+        raise ValueError(f"expected steps >= 1 and shift > 0, got {steps=} and {shift=}")
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return (shift * even / (1 + (shift - 1) * even)).float()

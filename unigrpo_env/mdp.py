@@ -1,0 +1,233 @@
+"""The Markov decision process of interleaved generation (UniGRPO, section 4.1), batched, on tensors.
+
+One step is one token (text phase) or one denoising step (image phase). `transition` is the only place where an episode advances; the Gymnasium
+faces in `env` and `vector` are thin wraps of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unigrpo_env.flow_time import time_grid
+
+
+class Phase(IntEnum):
+    """What an episode waits for."""
+
+    TEXT = 0
+    IMAGE = 1
+    DONE = 2
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an episode may do.
+
+    Attributes:
+        vocab_size: tokens are 0 ... vocab_size - 1.
+        prompt_budget: tokens of the prompt with its marks, at most.
+        text_budget: tokens the model may sample, the one that opens the image included; when they are spent the image opens by itself. 0 for
+            no thought: the episode begins with the image.
+        image_steps: denoising steps (transitions) an image.
+        latent_shape: (latent tokens, values a token).
+        open_image_id: the token that ends the thought and opens the image.
+        time_shift: see `time_grid`.
+        image_budget: images an episode; the episode ends when they are drawn. One, in this release.
+        end_id: a token that ends the episode without an image, if the variant wants one.
+        forbidden_ids: tokens that may never be sampled (padding, markers).
+        pad_id: fills the unused end of the token buffer.
+    """
+
+    vocab_size: int
+    prompt_budget: int
+    text_budget: int
+    image_steps: int
+    latent_shape: tuple[int, int]
+    open_image_id: int
+    time_shift: float = 3.0
+    image_budget: int = 1
+    end_id: int | None = None
+    forbidden_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"prompt_budget": 1, "text_budget": 0, "image_steps": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} >= {least}, got {getattr(self, name)}")
+        if self.image_budget != 1:
+            raise ValueError(f"expected image_budget = 1, got {self.image_budget}; episodes of several images are not in this release")
+        if self.open_image_id in self.forbidden_ids:
+            raise ValueError(f"open_image_id {self.open_image_id} is among forbidden_ids; a thought could never end")
+
+    @property
+    def max_tokens(self) -> int:
+        """Length of the token buffer: prompt, thought, and the token that may be forced after it."""
+        return self.prompt_budget + self.text_budget + 1
+
+    def legal_tokens(self) -> Tensor:
+        """`[vocab_size]` bool: what may be sampled in the text phase."""
+        legal = torch.ones(self.vocab_size, dtype=torch.bool)
+        legal[list(self.forbidden_ids)] = False
+        return legal
+
+    def times(self) -> Tensor:
+        """`[image_steps + 1]` float32, from 1 down to 0."""
+        return time_grid(self.image_steps, self.time_shift)
+
+
+@dataclass
+class EpisodeState:
+    """N episodes. All tensors have N rows.
+
+    Attributes:
+        phase: `[N]` int64, a `Phase`.
+        tokens: `[N, max_tokens]` int64: prompt, then everything said, padded.
+        num_tokens, prompt_length: `[N]` int64.
+        sampled: `[N]` int64, tokens the model chose (a forced one is not).
+        legal_tokens: `[N, vocab_size]` bool; all False outside the text phase.
+        latent: `[N, L, C]` float32, x_t of the image being drawn; zero before.
+        step: `[N]` int64, denoising steps taken.
+        images_drawn: `[N]` int64.
+        seed: `[N]` int64, what the noise of an episode is drawn from.
+    """
+
+    phase: Tensor
+    tokens: Tensor
+    num_tokens: Tensor
+    prompt_length: Tensor
+    sampled: Tensor
+    legal_tokens: Tensor
+    latent: Tensor
+    step: Tensor
+    images_drawn: Tensor
+    seed: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, rules: Rules, device: torch.device | str = "cpu") -> EpisodeState:
+        """Rows that have not begun: every phase is DONE."""
+
+        def whole(*shape: int, fill: int = 0) -> Tensor:
+            return torch.full((rows, *shape), fill, dtype=torch.int64, device=device)
+
+        return cls(
+            phase=whole(fill=Phase.DONE),
+            tokens=whole(rules.max_tokens, fill=rules.pad_id),
+            num_tokens=whole(),
+            prompt_length=whole(),
+            sampled=whole(),
+            legal_tokens=torch.zeros(rows, rules.vocab_size, dtype=torch.bool, device=device),
+            latent=torch.zeros(rows, *rules.latent_shape, device=device),
+            step=whole(),
+            images_drawn=whole(),
+            seed=whole(),
+        )
+
+    def begin(self, row: int, rules: Rules, prompt: list[int], seed: int) -> None:
+        """Start one episode anew from its prompt's tokens."""
+        self.tokens[row] = rules.pad_id
+        self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
+        self.num_tokens[row] = self.prompt_length[row] = len(prompt)
+        self.seed[row] = seed
+        for counter in (self.sampled, self.step, self.images_drawn, self.latent):
+            counter[row] = 0
+        self.phase[row] = Phase.TEXT
+        self.legal_tokens[row] = rules.legal_tokens().to(self.tokens.device)
+        if rules.text_budget == 0:
+            open_image(self, torch.tensor([row], device=self.tokens.device))
+
+
+def keyed_generator(seed: int, *key: int) -> torch.Generator:
+    """A generator for one purpose of one episode, so that no episode depends on its batch."""
+    word = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def open_image(state: EpisodeState, rows: Tensor) -> None:
+    """Turn `rows` (int64 indices) to the image phase with noise x_1 drawn from (seed, images drawn)."""
+    shape = state.latent.shape[1:]
+    for row in rows.tolist():
+        generator = keyed_generator(int(state.seed[row]), int(state.images_drawn[row]))
+        state.latent[row] = torch.randn(shape, generator=generator)
+    state.phase[rows] = Phase.IMAGE
+    state.legal_tokens[rows] = False
+    state.step[rows] = 0
+
+
+def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, active: Tensor) -> None:
+    """Advance every active row by one step, in place; the action must fit (`check_action`).
+
+    Text: append the token; an opening token, or the last of the budget, opens the image. Image: the latent becomes the action and t moves
+    to the next grid point; at t = 0 the image is drawn.
+
+    Args:
+        state: N episodes.
+        rules: what they may do.
+        token: `[N]` int64, read where a row is in the text phase.
+        latent: `[N, L, C]` float32, read where a row is in the image phase.
+        active: `[N]` bool; the other rows stay as they are.
+    """
+    text = active & (state.phase == Phase.TEXT)
+    image = active & (state.phase == Phase.IMAGE)
+    if text.any():
+        rows = text.nonzero()[:, 0]
+        chosen = token[rows]
+        at = state.num_tokens[rows]
+        state.tokens[rows, at] = chosen
+        state.num_tokens += text
+        state.sampled += text
+        opens = chosen == rules.open_image_id
+        ends = chosen == rules.end_id if rules.end_id is not None else torch.zeros_like(opens)
+        spent = (state.sampled[rows] >= rules.text_budget) & ~opens & ~ends
+        if spent.any():
+            forced = rows[spent]
+            state.tokens[forced, at[spent] + 1] = rules.open_image_id
+            state.num_tokens[forced] += 1
+            opens |= spent
+        if opens.any():
+            open_image(state, rows[opens])
+        if ends.any():
+            finish(state, rows[ends])
+    if image.any():
+        state.latent.copy_(torch.where(image[:, None, None], latent, state.latent))
+        state.step += image
+        drawn = image & (state.step == rules.image_steps)
+        if drawn.any():
+            state.images_drawn += drawn
+            finish(state, drawn.nonzero()[:, 0])
+
+
+def finish(state: EpisodeState, rows: Tensor) -> None:
+    """End the episodes `rows` (int64 indices)."""
+    state.phase[rows] = Phase.DONE
+    state.legal_tokens[rows] = False
+
+
+def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, active: Tensor) -> None:
+    """Raise TypeError or ValueError, with the remedy, unless `transition` can take this action.
+
+    A token in range that is not legal passes: as in Gymnasium's own masked envs the mask is advice. It is appended and does nothing else.
+    """
+    rows = len(state.phase)
+    for name, value, shape, integral in (("token", token, (rows,), True), ("latent", latent, (rows, *rules.latent_shape), False)):
+        if tuple(value.shape) != shape:
+            raise ValueError(f"expected action[{name!r}] of shape {list(shape)}, got {list(value.shape)}; keep to env.action_space")
+        if value.is_floating_point() == integral or value.dtype == torch.bool:
+            raise TypeError(f"expected action[{name!r}] of {'an integer' if integral else 'a floating'} dtype, got {value.dtype}; keep to env.action_space")
+    if active.shape != (rows,) or active.dtype != torch.bool:
+        raise ValueError(f"expected active of shape [{rows}] and dtype bool, got {list(active.shape)} and {active.dtype}")
+    if (active & (state.phase == Phase.DONE)).any():
+        ended = (active & (state.phase == Phase.DONE)).nonzero()[:, 0].tolist()
+        raise ValueError(f"episodes {ended} have ended or not begun; reset them, or leave them out with the `active` mask")
+    text = active & (state.phase == Phase.TEXT)
+    if text.any():
+        chosen = token[text]
+        if ((chosen < 0) | (chosen >= rules.vocab_size)).any():
+            raise ValueError(f"expected tokens in [0, {rules.vocab_size}), got {chosen.tolist()}")
+    image = active & (state.phase == Phase.IMAGE)
+    if image.any() and not latent[image].isfinite().all():
+        raise ValueError("expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate")

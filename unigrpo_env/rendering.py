@@ -1,0 +1,47 @@
+"""Frames for people: the picture as it stands beside the words."""
+
+from __future__ import annotations
+
+import textwrap
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from unigrpo_env.episodes import Episodes
+from unigrpo_env.mdp import Phase
+
+SIDE, WORDS_WIDTH, MARGIN = 240, 320, 16
+INK, FAINT, PAPER, ACCENT = (34, 34, 40), (120, 120, 130), (250, 250, 248), (205, 90, 40)
+
+
+def to_pixels(image) -> np.ndarray:
+    """A picture `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
+    return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def enlarge(image, side: int) -> Image.Image:
+    """A picture as a PIL image whose longer side has `side` pixels, in hard squares when it grows."""
+    small = Image.fromarray(to_pixels(image))
+    factor = side / max(small.size)
+    return small.resize((round(small.width * factor), round(small.height * factor)), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+
+
+def render_frame(episodes: Episodes, row: int) -> np.ndarray:
+    """One row as `(272, 608, 3)` uint8."""
+    state, prompt = episodes.state, episodes.prompts[row]
+    phase = Phase(int(state.phase[row]))
+    frame = Image.new("RGB", (SIDE + WORDS_WIDTH + 3 * MARGIN, SIDE + 2 * MARGIN), PAPER)
+    pen = ImageDraw.Draw(frame)
+    if phase is Phase.TEXT:
+        pen.rectangle((MARGIN, MARGIN, MARGIN + SIDE - 1, MARGIN + SIDE - 1), outline=FAINT)
+    else:
+        frame.paste(enlarge(episodes.variant.decode(state.latent[row : row + 1])[0], SIDE), (MARGIN, MARGIN))
+    left, y = SIDE + 2 * MARGIN, MARGIN
+    t = float(episodes.times[state.step[row]])
+    status = {Phase.TEXT: "thinking", Phase.IMAGE: f"drawing   t = {t:.2f}", Phase.DONE: "done"}[phase]
+    for text, size, ink, lines in ((prompt.text if prompt else "", 16, INK, 3), (status, 13, ACCENT, 1), (episodes.text(row), 14, FAINT, 8)):
+        for line in textwrap.wrap(text, width=round(WORDS_WIDTH / (0.52 * size)))[:lines]:
+            pen.text((left, y), line, fill=ink, font=ImageFont.load_default(size))
+            y += size + 6
+        y += 8
+    return np.asarray(frame)

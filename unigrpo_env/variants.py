@@ -1,0 +1,80 @@
+"""The registered scenarios. Each is a function that returns a `Variant`: data, not a class."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from rewards.registry import Registry
+from unigrpo_env.decoders import PixelDecoder
+from unigrpo_env.episodes import Variant
+from unigrpo_env.mdp import Rules
+from unigrpo_env.shapes_world import ShapesTask, shapes_tokenizer
+from unigrpo_env.tasks import Task
+from unigrpo_env.toy_task import ToyTask, toy_tokenizer
+
+VARIANTS: Registry[Callable[..., Variant]] = Registry("variant", entry_point_group="unigrpo.variants")
+
+
+def register_variant(name: str) -> Callable[[Callable[..., Variant]], Callable[..., Variant]]:
+    """Decorator: make a function that returns a `Variant` known as `name`."""
+
+    def register(maker: Callable[..., Variant]) -> Callable[..., Variant]:
+        VARIANTS.add(name, maker)
+        return maker
+
+    return register
+
+
+def make_variant(variant: str | Variant, *, reward: Any = None, **arguments: Any) -> Variant:
+    """A variant by name, or as given, with another reward if one is named.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: arguments that its maker does not know, or any beside a finished `Variant`.
+    """
+    if isinstance(variant, str):
+        variant = VARIANTS[variant](**arguments)
+    elif arguments:
+        raise TypeError(f"got {sorted(arguments)} beside a finished Variant; change the Variant itself with dataclasses.replace")
+    return variant if reward is None else dataclasses.replace(variant, reward=reward)
+
+
+@register_variant("text_to_image")
+def text_to_image(
+    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
+) -> Variant:
+    """Think, then draw one picture, in the shapes world: 24 x 24 pixels, 36 latent tokens of 4 x 4 RGB values."""
+    tokenizer = shapes_tokenizer()
+    unused = tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<unk>", "<image>", "</image>"])
+    rules = Rules(
+        vocab_size=64,
+        prompt_budget=prompt_budget,
+        text_budget=text_budget,
+        image_steps=image_steps,
+        time_shift=time_shift,
+        latent_shape=(36, 48),
+        open_image_id=tokenizer.eos_token_id,
+        forbidden_ids=(*unused, *range(len(tokenizer), 64)),
+        pad_id=tokenizer.pad_token_id,
+    )
+    return Variant(rules, task or ShapesTask(), tokenizer, PixelDecoder(24, 24, patch=4), reward="shapes")
+
+
+@register_variant("toy")
+def toy(*, prompt_budget: int = 4, text_budget: int = 2, image_steps: int = 8, time_shift: float = 1.0) -> Variant:
+    """Say the prompt's word, then paint its grey: two prompts, a best policy that is known, episodes of microseconds."""
+    tokenizer = toy_tokenizer()
+    rules = Rules(
+        vocab_size=len(tokenizer),
+        prompt_budget=prompt_budget,
+        text_budget=text_budget,
+        image_steps=image_steps,
+        time_shift=time_shift,
+        latent_shape=(1, 12),
+        open_image_id=tokenizer.eos_token_id,
+        forbidden_ids=(0, 1),
+        pad_id=tokenizer.pad_token_id,
+    )
+    return Variant(rules, ToyTask(), tokenizer, PixelDecoder(2, 2, patch=2), reward="toy")
