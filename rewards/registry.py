@@ -138,11 +138,27 @@ class Scores:
     components: dict[str, Tensor] = field(default_factory=dict)
 
 
+def parse_weights(text: str) -> dict[str, float]:
+    """Weights by name from a sum in words.
+
+    >>> parse_weights("shapes + 0.1 * brevity")
+    {'shapes': 1.0, 'brevity': 0.1}
+    """
+    weights: dict[str, float] = {}
+    for term in text.split("+"):
+        factor, _, name = term.rpartition("*")
+        try:
+            weights[name.strip()] = float(factor) if factor.strip() else 1.0
+        except ValueError:
+            raise ValueError(f"expected a reward such as 'shapes + 0.1 * brevity', got {text!r}: {factor.strip()!r} is no number") from None
+    return weights
+
+
 class WeightedReward:
     """A weighted sum of registered rewards.
 
     Args:
-        weights: a name, a callable, or a mapping from names to weights.
+        weights: a name, a sum as for `parse_weights`, a callable, or a mapping from names to weights.
         lowest: what an episode that drew nothing is worth; it must not beat any picture, or leaving early becomes the exploit.
 
     Raises:
@@ -153,7 +169,7 @@ class WeightedReward:
         if callable(weights):
             self._parts = [(getattr(weights, "__name__", type(weights).__name__), weights, 1.0)]
         else:
-            named = {weights: 1.0} if isinstance(weights, str) else dict(weights)
+            named = parse_weights(weights) if isinstance(weights, str) else dict(weights)
             if not named:
                 raise ValueError(f"expected at least one reward, got none; {closest('', list(REWARDS))}")
             self._parts = [(name, REWARDS[name], float(weight)) for name, weight in named.items()]

@@ -195,6 +195,16 @@ class ShapesTask:
                 found.append(prompt)
         return found
 
+    def drills(self, count: int, seed: int) -> tuple[list[Prompt], list[str], Tensor]:
+        """Flawless free layouts of two to four objects under an open prompt: they teach the hand to follow the words. Returned as by `lessons`."""
+        rng = random.Random(f"drills-{seed}")
+        plans = []
+        for _ in range(count):
+            places = sorted(rng.sample(range(GRID * GRID), rng.choice([2, 3, 4])))
+            plans.append(Plan([(*rng.choice(KINDS), place) for place in places]))
+        prompts = [Prompt(rng.choice(OPENINGS[1:]).strip()) for _ in plans]
+        return prompts, [plan.words() for plan in plans], draw(torch.tensor([plan.layout() for plan in plans]))
+
     def lessons(self, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor]:
         """Supervised examples from training prompts: prompts, thoughts, and pictures `[count, 3, 24, 24]` in [0, 1]; `clean` for flawless ones."""
         rng = random.Random(f"lessons-{seed}")

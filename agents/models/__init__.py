@@ -1,0 +1,49 @@
+"""Models behind the four verbs of `agents.models.seam`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from agents.models.bagel import Bagel, BagelConfig
+from agents.models.files import read_config
+from agents.models.toy import ToyConfig, ToyModel
+from rewards.registry import Registry, closest
+
+TINY = Path(__file__).parent / "tiny"
+"""The shipped weights: a BAGEL of under a million parameters for the shapes world."""
+
+CLASSES: dict[str, Any] = {"Bagel": Bagel, "ToyModel": ToyModel}
+MODELS: Registry[Callable[[], nn.Module]] = Registry("model", entry_point_group="unigrpo.models")
+MODELS.add("tiny", lambda: Bagel.from_pretrained(TINY))
+MODELS.add("toy", lambda: ToyModel())
+
+
+def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """A registered model, or a folder written by `save_pretrained`.
+
+    Args:
+        name: `tiny`, `toy`, another registered name, or a path.
+        dtype: of the weights: `float32`, `bfloat16` or `float16`.
+        device: where they go.
+
+    Raises:
+        ValueError: neither a name nor a folder, or a folder that is damaged or another program's.
+    """
+    if name in MODELS:
+        model = MODELS[name]()
+    elif Path(name).is_dir():
+        kind = read_config(Path(name)).get("model")
+        if kind not in CLASSES:
+            raise ValueError(f"{name} holds a model of kind {kind!r}; expected one of {sorted(CLASSES)}")
+        model = CLASSES[kind].from_pretrained(name)
+    else:
+        raise ValueError(f"{name!r} is neither a known model nor a folder; {closest(name, list(MODELS))}, or the path of a saved model")
+    return model.to(device=device, dtype=getattr(torch, dtype))
+
+
+__all__ = ["MODELS", "TINY", "Bagel", "BagelConfig", "ToyConfig", "ToyModel", "load_model"]

@@ -1,0 +1,187 @@
+"""The policy as a function of the observation; its cache is a memo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agents.flow import Window, sde_step
+from agents.models.seam import Context, UnifiedModel
+from unigrpo_env.mdp import Phase, keyed_generator
+
+TOKEN_NOISE, STEP_NOISE = 1_000_001, 1_000_002
+"""Keys of an episode's noise for tokens and for SDE steps; the env's own keys are image numbers."""
+
+
+@dataclass
+class Decision:
+    """What the actor chose for each row, and what a trainer wants to remember of it.
+
+    Attributes:
+        active: `[N]` bool, the rows it acted for; the others wait.
+        token: `[N]` int64.
+        latent: `[N, L, C]` float32.
+        log_prob: `[N]` float32, of the token; None in the image phase.
+        mean: `[N, L, C]` float32, of the latent; None in the text phase.
+    """
+
+    active: Tensor
+    token: Tensor
+    latent: Tensor
+    log_prob: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def env_action(self) -> dict[str, Tensor]:
+        """What `env.step` takes, beside `active`."""
+        return {"token": self.token, "latent": self.latent}
+
+
+def token_log_probs(logits: Tensor, legal: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities `[..., V]` float32 of the next token; used alike in rollout and in training.
+
+    Args:
+        logits: `[..., V]`.
+        legal: bool, broadcastable to them; the rest gets -inf and the legal ones are renormalised.
+        temperature: logits are divided by it.
+    """
+    return (logits.float() / temperature).masked_fill(~legal, -torch.inf).log_softmax(-1)
+
+
+def read_prompts(model: UnifiedModel, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Context]:
+    """Read each different prompt once and hand it to all rows that share it.
+
+    Args:
+        model: the model.
+        ids: `[N, P]` int64, equal beyond `lengths` for equal prompts.
+        lengths: `[N]` int64.
+
+    Returns:
+        Logits after the prompt, `[N, 1, V]`, and a context of N rows.
+    """
+    unique, inverse = torch.unique(torch.cat([lengths[:, None], ids], 1), dim=0, return_inverse=True)
+    lengths, ids = unique[:, 0], unique[:, 1:]
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=ids.device) < lengths[:, None]
+    logits, context = model.read_text(model.start(len(unique)), ids[:, :longest], mask, last_only=True)
+    return logits[inverse], context.select(inverse)
+
+
+class Actor:
+    """Chooses tokens and latents.
+
+    It reads whatever the observation holds beyond what it has read, and starts over when the two disagree, so a fresh actor in mid-episode gives the same
+    distribution. Rows whose thought is finished wait until all active rows do: every call runs one phase.
+
+    Args:
+        model: the four verbs.
+        temperature: of the tokens; 0 takes the likeliest.
+        window: where image steps are stochastic; None for the ODE throughout.
+        noise_level: a of equation (3), inside the window.
+    """
+
+    def __init__(self, model: UnifiedModel, *, temperature: float = 1.0, window: Window | None = None, noise_level: float = 0.8) -> None:
+        if temperature < 0:
+            raise ValueError(f"expected temperature >= 0, got {temperature}")
+        self.model, self.temperature, self.window, self.noise_level = model, temperature, window, noise_level
+        self.window_start: Tensor | None = None
+        self._context: Context | None = None
+        self._seeds: list[int] | None = None
+
+    def start(self, seeds: Sequence[int], window_start: Tensor | None = None) -> None:
+        """Fix the noise of the coming episodes: all an actor draws for row i is keyed by `seeds[i]`. Without a call the noise is fresh.
+
+        Args:
+            seeds: one a row.
+            window_start: `[N]` int64, the first stochastic step of each row; its window's `low` if left out.
+        """
+        self._seeds, self.window_start, self._context = list(seeds), window_start, None
+
+    @torch.no_grad()
+    def act(self, observation: dict[str, Tensor]) -> Decision:
+        """Choose for every row that can act in this call; `observation` is the vector env's."""
+        phase = observation["phase"]
+        text = phase == Phase.TEXT
+        if text.any():
+            self._catch_up(observation)
+            return self._write(observation, text)
+        self._catch_up(observation)
+        return self._draw(observation, phase == Phase.IMAGE)
+
+    def _begin(self, observation: dict[str, Tensor]) -> None:
+        rows, device = len(observation["phase"]), observation["tokens"].device
+        lengths = observation["prompt_length"]
+        longest = int(lengths.max())
+        beyond = torch.arange(longest, device=device) >= lengths[:, None]
+        prompts = observation["tokens"][:, :longest].masked_fill(beyond, 0)
+        self._logits, self._context = read_prompts(self.model, prompts, lengths)
+        self._read, self._seen = lengths.clone(), observation["tokens"].clone()
+        self._places = torch.arange(observation["tokens"].shape[1], device=device)
+        seeds = self._seeds if self._seeds is not None else torch.randint(2**31, (rows,)).tolist()
+        if len(seeds) != rows:
+            raise ValueError(f"expected {rows} seeds, one a row, got {len(seeds)}; call start() with one a row")
+        self._seeds_used = seeds
+        # A uniform number a token, in (0, 1]: enough to invert the cumulative distribution, whatever the vocabulary.
+        self._uniform = torch.stack([1 - torch.rand(len(self._places), generator=keyed_generator(seed, TOKEN_NOISE)) for seed in seeds]).to(device)
+        self._noise: Tensor | None = None
+
+    def _catch_up(self, observation: dict[str, Tensor]) -> None:
+        """Bring the context to what the observation says."""
+        tokens, count = observation["tokens"], observation["num_tokens"]
+        stale = self._context is None or self._context.batch_size != len(tokens) or self._seen.shape != tokens.shape
+        if stale or ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
+            self._begin(observation)
+        unread = count - self._read
+        longest = int(unread.max())
+        if longest == 0:
+            return
+        mask = torch.arange(longest, device=tokens.device) < unread[:, None]
+        places = (self._read[:, None] + torch.arange(longest, device=tokens.device)).clamp_(max=tokens.shape[1] - 1)
+        assert self._context is not None
+        logits, self._context = self.model.read_text(self._context, tokens.gather(1, places), mask, last_only=True)
+        self._logits = torch.where((unread > 0)[:, None, None], logits, self._logits)
+        self._read.copy_(count)
+        self._seen.copy_(tokens)
+
+    def _write(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
+        # A waiting row has no legal token; it gets a harmless distribution, and nobody reads its draw.
+        legal = observation["legal_tokens"].bool() | ~active[:, None]
+        log_probs = token_log_probs(self._logits[:, 0], legal, self.temperature or 1.0)
+        if self.temperature == 0:
+            token = log_probs.argmax(-1)
+        else:
+            mass = log_probs.double().exp().cumsum(-1)
+            drawn = self._uniform.gather(1, observation["num_tokens"][:, None]).double()
+            token = (mass < drawn * mass[:, -1:]).sum(-1)
+        return Decision(active, token, observation["latent"], log_prob=log_probs.gather(1, token[:, None])[:, 0])
+
+    def _draw(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
+        x, t, next_t = observation["latent"], observation["t"], observation["next_t"]
+        assert self._context is not None
+        velocity = self.model.velocity(self._context, x, t)
+        inside = self._inside_window(observation["step"])
+        stochastic = inside is not None and bool(inside.any())
+        step = sde_step(x, velocity, t, next_t, self.noise_level * inside if stochastic else 0.0)  # type: ignore[operator]
+        latent = step.sample(self._step_noise(observation)) if stochastic else step.mean
+        return Decision(active, torch.zeros_like(observation["phase"]), latent, mean=step.mean)
+
+    def _inside_window(self, step: Tensor) -> Tensor | None:
+        """`[N]` bool, is each row's step stochastic; None without a window."""
+        if self.window is None:
+            return None
+        if self.window_start is None:
+            self.window_start = torch.full_like(step, self.window.low)
+        return (step >= self.window_start) & (step < self.window_start + self.window.size)
+
+    def _step_noise(self, observation: dict[str, Tensor]) -> Tensor:
+        """Standard normal noise `[N, L, C]` for this step, one keyed draw a window."""
+        assert self.window is not None and self.window_start is not None
+        latent = observation["latent"]
+        if self._noise is None:
+            shape = (self.window.size, *latent.shape[1:])
+            self._noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, STEP_NOISE)) for seed in self._seeds_used]).to(latent.device)
+        index = (observation["step"] - self.window_start).clamp(0, self.window.size - 1)
+        return self._noise[torch.arange(len(latent), device=latent.device), index]

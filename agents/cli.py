@@ -1,0 +1,215 @@
+"""The command line: train, evaluate, sample, pretrain, list."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+
+Parser = argparse.ArgumentParser
+
+
+def _settings_help() -> str:
+    from agents.config import Config, settings
+
+    defaults = Config()
+    lines = ["settings (section.key=value):"]
+    for name, entry in settings():
+        section, key = name.split(".")
+        default = getattr(getattr(defaults, section), key)
+        lines.append(f"  {name:<31} {entry.metadata['help']} [{'' if default is None else default}]")
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    parser = Parser("unigrpo", description="Train, by reinforcement learning, models that write and draw in turns.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, with_settings: bool = False) -> Parser:
+        sub = commands.add_parser(
+            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_settings_help() if with_settings else None
+        )
+        sub.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help="module to import first, for the rewards and variants it registers")
+        if with_settings:
+            from agents.config import config_names
+
+            sub.add_argument("--config", default="unigrpo", help=f"one of: {', '.join(config_names())}")
+            sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change, listed below")
+        return sub
+
+    train = command("train", "Train a model by UniGRPO or one of its parts, and write a report.", with_settings=True)
+    train.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, bit for bit")
+    test = command("evaluate", "Held-out accuracy of a model, sampled and greedy.", with_settings=True)
+    test.add_argument("--out", help="write the figures to this JSON file")
+    sample = command("sample", "Let a model think about a prompt and draw it.")
+    sample.add_argument("prompt", help="what to draw, such as 'two red circles'")
+    sample.add_argument("--model", default="tiny", help="known model or folder of a saved one [tiny]")
+    sample.add_argument("--variant", default="text_to_image", help="registered variant [text_to_image]")
+    sample.add_argument("--steps", type=int, help="denoising steps; the variant's own if left out")
+    sample.add_argument("--temperature", type=float, default=1.0, help="of the words; 0 for greedy [1.0]")
+    sample.add_argument("--seed", type=int, default=0, help="of words and picture [0]")
+    sample.add_argument("--count", type=int, default=1, help="episodes, from this seed on [1]")
+    sample.add_argument("--out", default="outputs/sample.png", help="where the picture goes [outputs/sample.png]")
+    pretrain = command("pretrain", "Train the tiny model's weights, as shipped, from nothing.")
+    from agents.supervised import SupervisedSettings
+
+    for entry in dataclasses.fields(SupervisedSettings):
+        flag = "--" + entry.name.replace("_", "-")
+        if isinstance(entry.default, bool):
+            pretrain.add_argument(flag, action="store_true", help=entry.metadata["help"])
+        else:
+            pretrain.add_argument(flag, type=type(entry.default), default=entry.default, help=f"{entry.metadata['help']} [{entry.default}]")
+    pretrain.add_argument("--model", help="go on from this model instead of from nothing")
+    pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
+    command("list", "What is there: configs, variants, rewards, models.")
+    return parser
+
+
+def _train(args: argparse.Namespace, console: Console) -> None:
+    from agents.config import Config, load_config
+    from agents.run import run
+    from agents.trainer import Trainer
+
+    if args.resume:
+        trainer = Trainer.resume(args.resume, lambda config: Config.from_dict(_overridden(config.to_dict(), args.overrides)))
+    else:
+        config = load_config(args.config, args.overrides)
+        config.output.imports = [*config.output.imports, *args.imports]
+        trainer = Trainer(config)
+    run(trainer, console)
+
+
+def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Saved settings with some of them changed."""
+    from agents.config import load_config
+
+    changed = load_config("unigrpo", overrides).to_dict()
+    for override in overrides:
+        section, key = override.split("=")[0].split(".")
+        values[section][key] = changed[section][key]
+    return values
+
+
+def _evaluate(args: argparse.Namespace, console: Console) -> None:
+    from agents.config import load_config
+    from agents.models.files import write_json
+    from agents.trainer import Trainer
+
+    config = load_config(args.config, args.overrides)
+    config.output.imports = [*config.output.imports, *args.imports]
+    trainer = Trainer(config)
+    figures: dict[str, Any] = {}
+    for name, greedy in (("sampled", False), ("greedy", True)):
+        with console.status(f"{name} text, {config.evaluation.prompts} prompts"):
+            evaluation = trainer.evaluate(greedy=greedy)
+        figures[name] = {"accuracy": evaluation.accuracy, "by_kind": evaluation.by("kind")}
+        kinds = "  ".join(f"{kind} {value:.2f}" for kind, value in evaluation.by("kind").items())
+        console.print(f"{name:>8}  [bold]{evaluation.accuracy:.3f}[/bold]  {kinds}", highlight=False, soft_wrap=True)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        write_json(figures, Path(args.out))
+
+
+def _sample(args: argparse.Namespace, console: Console) -> None:
+    from agents.evaluation import evaluate
+    from agents.models import load_model
+    from agents.report import contact_sheet
+    from agents.trainer import import_modules
+    from unigrpo_env.rendering import enlarge
+    from unigrpo_env.tasks import Prompt
+    from unigrpo_env.variants import make_variant
+
+    import_modules(args.imports)
+    # What a free prompt asks for is not known to any task, so nothing can be scored: a reward of NaN says so.
+    variant = make_variant(args.variant, reward=lambda episodes: [float("nan")] * len(episodes))
+    unknown = getattr(variant.tokenizer, "unk_token_id", None)
+    words = [word for word in args.prompt.split() if unknown is not None and variant.tokenizer.encode(word, add_special_tokens=False) == [unknown]]
+    if words:
+        console.print(f"[yellow]words that the model has never seen: {', '.join(words)}[/yellow]")
+    model = cast(Any, load_model(args.model))
+    found = evaluate(model, variant, [Prompt(args.prompt)] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed)
+    for text in found.texts:
+        console.print(text or "(no thought)", highlight=False)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (contact_sheet(found) if args.count > 1 else enlarge(found.images[0], 384)).save(out)
+    console.print(f"[bold]{out}[/bold]", highlight=False)
+
+
+def _pretrain(args: argparse.Namespace, console: Console) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from agents.evaluation import evaluate
+    from agents.models import Bagel, load_model
+    from agents.models.tiny_config import TINY_CONFIG
+    from agents.supervised import SupervisedSettings, train_supervised
+    from agents.trainer import import_modules
+    from unigrpo_env.variants import make_variant
+
+    import_modules(args.imports)
+    settings = SupervisedSettings(**{entry.name: getattr(args, entry.name) for entry in dataclasses.fields(SupervisedSettings)})
+    variant = make_variant("text_to_image")
+    model = cast(Any, load_model(args.model) if args.model else Bagel(TINY_CONFIG).initialise(settings.seed))
+    columns = (TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"))
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("pretrain", total=settings.steps, losses="")
+
+        def show(step: int, losses: dict[str, float]) -> None:
+            progress.update(bar, completed=step, losses=f"text {losses['text_loss']:.3f}  image {losses['image_loss']:.4f}")
+
+        first = 0 if args.model is None else SupervisedSettings.steps
+        train_supervised(model, variant, settings, show, first_lesson=first)
+    folder = model.save_pretrained(args.out)
+    prompts = variant.task.prompts("test", 256, 1_000_000)
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        found = evaluate(model, variant, prompts, temperature=temperature)
+        console.print(f"{name:>8}  [bold]{found.accuracy:.3f}[/bold]  {({k: round(v, 2) for k, v in found.by('kind').items()})}", highlight=False, soft_wrap=True)
+    console.print(f"weights  {folder}", highlight=False)
+
+
+def _list(args: argparse.Namespace, console: Console) -> None:
+    from agents.config import config_names
+    from agents.models import MODELS
+    from agents.trainer import import_modules
+    from rewards import REWARDS
+    from unigrpo_env.variants import VARIANTS
+
+    import_modules(args.imports)
+    console.print("[bold]configs[/bold]")
+    from importlib.resources import files
+
+    for name in config_names():
+        first = (files("agents.configs") / f"{name}.yaml").read_text().splitlines()[0]
+        console.print(f"  {name:<16} {first.lstrip('# ')}", highlight=False, soft_wrap=True)
+    for title, registry in (("variants", VARIANTS), ("rewards", REWARDS)):
+        console.print(f"[bold]{title}[/bold]")
+        for name in registry:
+            summary = (registry[name].__doc__ or "").strip().splitlines() or [""]
+            console.print(f"  {name:<16} {summary[0]}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]models[/bold]\n  {'  '.join(MODELS)}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 2 for what the user can mend."""
+    args = _parser().parse_args(argv)
+    console = Console()
+    try:
+        {"train": _train, "evaluate": _evaluate, "sample": _sample, "pretrain": _pretrain, "list": _list}[args.command](args, console)
+    except (ValueError, TypeError, ImportError) as error:
+        if getattr(error, "__notes__", None):
+            raise  # a reward's own error, with its traceback
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; go on with --resume and the run's folder")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Env times actor: complete episodes as TensorDicts. The loop is `env.step(actor.act(obs))`, the one users write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from agents.actor import Actor, Decision
+from unigrpo_env.mdp import Phase
+from unigrpo_env.tasks import Prompt
+from unigrpo_env.vector import InterleavedGenVectorEnv
+
+
+class Collector:
+    """Collects groups of episodes.
+
+    A trajectory TensorDict has batch size `[groups, group_size]`; K = text_budget + 1, W = window size, L x C the latent:
+
+    | key | shape, dtype | meaning |
+    |---|---|---|
+    | `prompt_tokens`, `prompt_length` | `[P]` int64, int64 | what the model was given, padded with 0 |
+    | `tokens` | `[K]` int64 | what was said after it, the opening token included |
+    | `text_mask` | `[K]` bool | which of `tokens` count |
+    | `chosen_mask` | `[K]` bool | which of them the policy chose; a forced one is not |
+    | `log_prob` | `[K]` float32 | of the chosen tokens, by the policy that wrote them; 0 elsewhere |
+    | `window_latents` | `[W + 1, L, C]` float32 | x before each stochastic step, and after the last |
+    | `window_means` | `[W, L, C]` float32 | mean of each step's Gaussian, by the policy that drew |
+    | `window_times` | `[W + 1]` float32 | flow times of `window_latents`, falling |
+    | `latent` | `[L, C]` float32 | the finished image |
+    | `reward` | float32 | NaN where the episode could not be scored |
+    | `group`, `seed` | int64 | group's id; what the episode's noise was drawn from |
+    | `components` | TensorDict | named parts of the reward, float32 |
+
+    Rows are written once into their final place.
+
+    Args:
+        env: a vector env; its `copy` may be False.
+        actor: the policy, with a window.
+        group_size: episodes a prompt; `env.num_envs` must be a multiple of it.
+        shared_noise: start the images of a group from the same x_1.
+
+    Raises:
+        ValueError: a group size that does not divide the env's rows, a group of one, or an actor without a window.
+    """
+
+    def __init__(self, env: InterleavedGenVectorEnv, actor: Actor, group_size: int, *, shared_noise: bool = False) -> None:
+        if group_size < 2:
+            raise ValueError(f"expected group_size >= 2, got {group_size}: an episode is judged against the others of its group")
+        if env.num_envs % group_size:
+            raise ValueError(f"expected num_envs to be a multiple of {group_size=}, got {env.num_envs}")
+        if actor.window is None:
+            raise ValueError("expected an actor with a window of stochastic steps, got None; an ODE leaves nothing to learn from")
+        actor.window.check(env.episodes.rules.image_steps)
+        self.env, self.actor, self.window = env, actor, actor.window
+        self.group_size, self.shared_noise = group_size, shared_noise
+
+    @property
+    def groups(self) -> int:
+        """Prompts a call."""
+        return self.env.num_envs // self.group_size
+
+    def collect(self, prompts: Sequence[Prompt], seed: int) -> TensorDict:
+        """Play one episode for each member of each prompt's group; the same arguments and weights give the same trajectories."""
+        if len(prompts) != self.groups:
+            raise ValueError(f"expected {self.groups} prompts, one a group, got {len(prompts)}")
+        env, size = self.env, self.group_size
+        seeds = np.random.SeedSequence(seed).generate_state(env.num_envs).astype(np.int64)
+        image_seeds = seeds.reshape(-1, size)[:, :1].repeat(size, 1).ravel() if self.shared_noise else seeds
+        starts = self.window.draw(self.groups, torch.Generator().manual_seed(int(seeds[0]))).repeat_interleave(size)
+        device = env.episodes.state.phase.device
+        observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": [p for p in prompts for _ in range(size)]})
+        self.actor.start(seeds.tolist(), starts.to(device))
+        record = self._empty(observation)
+        reward = torch.zeros(env.num_envs)
+        components: dict[str, Tensor] = {}
+        while (observation["phase"] != Phase.DONE).any():
+            decision = self.actor.act(observation)
+            self._write(record, observation, decision)
+            observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
+            reward += paid
+            for name, values in infos.get("components", {}).items():
+                known = components.setdefault(name, torch.full_like(values, torch.nan))
+                components[name] = torch.where(infos["ended"].cpu(), values, known)
+        self._finish(record, observation)
+        record["reward"], record["seed"] = reward.to(device), torch.as_tensor(seeds, device=device)
+        record["group"] = torch.arange(self.groups, device=device).repeat_interleave(size)
+        record["components"] = TensorDict({name: values.to(device) for name, values in components.items()}, [env.num_envs])
+        return record.unflatten(0, (self.groups, size))
+
+    def _empty(self, observation: dict[str, Tensor]) -> TensorDict:
+        rules, rows = self.env.episodes.rules, self.env.num_envs
+        device = observation["phase"].device
+        words, size = rules.text_budget + 1, self.window.size
+        return TensorDict(
+            {
+                "log_prob": torch.zeros(rows, words, device=device),
+                "chosen_mask": torch.zeros(rows, words, dtype=torch.bool, device=device),
+                "window_latents": torch.zeros(rows, size + 1, *rules.latent_shape, device=device),
+                "window_means": torch.zeros(rows, size, *rules.latent_shape, device=device),
+                "window_times": torch.zeros(rows, size + 1, device=device),
+            },
+            [rows],
+        )
+
+    def _write(self, record: TensorDict, observation: dict[str, Tensor], decision: Decision) -> None:
+        """Keep what training needs of one decision."""
+        if decision.log_prob is not None:
+            rows = decision.active.nonzero()[:, 0]
+            at = (observation["num_tokens"] - observation["prompt_length"])[rows]
+            record["log_prob"][rows, at] = decision.log_prob[rows]
+            record["chosen_mask"][rows, at] = True
+            return
+        assert decision.mean is not None and self.actor.window_start is not None
+        index = observation["step"] - self.actor.window_start
+        rows = (decision.active & (index >= 0) & (index < self.window.size)).nonzero()[:, 0]
+        if len(rows) == 0:
+            return
+        at = index[rows]
+        record["window_latents"][rows, at] = observation["latent"][rows]
+        record["window_times"][rows, at] = observation["t"][rows]
+        record["window_means"][rows, at] = decision.mean[rows]
+        last = rows[at == self.window.size - 1]
+        record["window_latents"][last, self.window.size] = decision.latent[last]
+        record["window_times"][last, self.window.size] = observation["next_t"][last]
+
+    def _finish(self, record: TensorDict, observation: dict[str, Tensor]) -> None:
+        """Split the token buffer into prompt and thought, once, at the end."""
+        lengths, tokens = observation["prompt_length"], observation["tokens"]
+        prompt_budget = self.env.episodes.rules.prompt_budget
+        places = torch.arange(prompt_budget, device=tokens.device)
+        record["prompt_tokens"] = tokens[:, :prompt_budget].masked_fill(places >= lengths[:, None], 0)
+        record["prompt_length"] = lengths.clone()
+        words = torch.arange(record["log_prob"].shape[1], device=tokens.device)
+        said = (observation["num_tokens"] - lengths)[:, None]
+        record["text_mask"] = words < said
+        record["tokens"] = tokens.gather(1, (lengths[:, None] + words).clamp_(max=tokens.shape[1] - 1)).masked_fill(words >= said, 0)
+        record["latent"] = observation["latent"].clone()

@@ -1,0 +1,113 @@
+"""One self-contained page about a run: curves, and what the model thought and drew, before beside after."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from agents.evaluation import Evaluation
+from agents.trainer import METRICS
+from unigrpo_env.rendering import enlarge
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222;background:#fafaf8}
+h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem} .faint{color:#777} svg{max-width:100%;height:auto}
+table{border-collapse:collapse} td,th{padding:.25rem .9rem .25rem 0;text-align:left} td.n{font-variant-numeric:tabular-nums}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;padding:.9rem 0;border-top:1px solid #ddd} .side{display:flex;gap:.9rem}
+.side img{width:120px;height:120px;flex:none;border:3px solid #ccc;border-radius:6px} .side.right img{border-color:#2a9d4a} .side.wrong img{border-color:#d05a3a}
+.prompt{grid-column:1/-1;font-weight:600}
+"""
+
+
+def picture_data(image: Tensor, side: int = 120) -> str:
+    """A picture `[3, height, width]` in [0, 1] as a data URL."""
+    file = io.BytesIO()
+    enlarge(image, side).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def curves(rows: Sequence[dict[str, float]], names: Sequence[str], smooth: int = 10) -> str:
+    """Metrics over iterations as one inline SVG; the strong line is a running mean."""
+    figure, axes = pyplot.subplots(2, -(-len(names) // 2), figsize=(11, 5), layout="constrained")
+    for axis, name in zip(axes.flat, names, strict=False):
+        x, y = [row["iteration"] for row in rows], [row[name] for row in rows]
+        means = [sum(y[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(y))]
+        axis.plot(x, y, color="#9ab", linewidth=0.8, alpha=0.6)
+        axis.plot(x, means, color="#246", linewidth=1.8)
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def _side(evaluation: Evaluation, index: int) -> str:
+    right = float(evaluation.reward[index]) >= 1
+    return (
+        f'<div class="side {"right" if right else "wrong"}"><img alt="" src="{picture_data(evaluation.images[index])}">'
+        f"<div>{html.escape(evaluation.texts[index]) or '<i>no thought</i>'}</div></div>"
+    )
+
+
+def write_report(
+    path: Path, summary: dict[str, Any], rows: Sequence[dict[str, float]], before: Evaluation, after: Evaluation, samples: int
+) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        summary: figures of the run.
+        rows: of `metrics.csv`.
+        before, after: the same prompts and seeds, played by the first and the last weights.
+        samples: pairs of pictures to show, taken evenly from the prompts.
+    """
+    every = max(1, len(before.prompts) // max(samples, 1))
+    pairs = "".join(
+        f'<div class="pair"><div class="prompt">{html.escape(before.prompts[i].text)}</div>{_side(before, i)}{_side(after, i)}</div>'
+        for i in list(range(0, len(before.prompts), every))[:samples]
+    )
+    kinds = before.by("kind")
+    by_kind = "".join(f'<tr><td>{kind}</td><td class="n">{value:.2f}</td><td class="n">{after.by("kind")[kind]:.2f}</td></tr>' for kind, value in kinds.items())
+    figures = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td class=n>{value:.4g}</td></tr>" for name, value in summary.items() if isinstance(value, int | float)
+    )
+    meanings = "".join(f"<tr><td>{name.replace('_', ' ')}</td><td class=faint>{html.escape(text)}</td></tr>" for name, text in METRICS.items())
+    shown = ["reward", "signal", "entropy", "thought_length", "text_grad_norm", "loss_velocity"]
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>UniGRPO run</title><style>{STYLE}</style>'
+        f"<h1>Held-out accuracy {before.accuracy:.3f} → {after.accuracy:.3f}</h1>"
+        f'<div class="faint">{len(before.prompts)} unseen prompts, sampled text, seed {summary.get("seed")}</div>'
+        f"<h2>Curves</h2>{curves(rows, shown) if rows else ''}"
+        f"<h2>Before and after: the same prompts, the same seeds</h2>{pairs}"
+        + (f"<h2>By kind of prompt</h2><table><tr><th>kind<th>before<th>after</tr>{by_kind}</table>" if kinds else "")
+        + f"<h2>Figures</h2><table>{figures}</table><h2>What the metrics mean</h2><table>{meanings}</table></html>\n"
+    )
+
+
+def contact_sheet(evaluation: Evaluation, side: int = 144) -> Image.Image:
+    """Pictures in a row of four, prompt and thought beneath each."""
+    import textwrap
+
+    columns, caption = 4, 92
+    count = len(evaluation.prompts)
+    sheet = Image.new("RGB", (columns * (side + 12) + 12, -(-count // columns) * (side + caption) + 12), (250, 250, 248))
+    pen = ImageDraw.Draw(sheet)
+    for index in range(count):
+        left, top = 12 + index % columns * (side + 12), 12 + index // columns * (side + caption)
+        sheet.paste(enlarge(evaluation.images[index], side), (left, top))
+        lines = textwrap.wrap(evaluation.prompts[index].text, 26)[:2] + ["· " + line for line in textwrap.wrap(evaluation.texts[index], 26)[:4]]
+        for row, line in enumerate(lines):
+            pen.text((left, top + side + 3 + 14 * row), line, fill=(34, 34, 40) if not line.startswith("·") else (120, 120, 130), font=ImageFont.load_default(11))
+    return sheet

@@ -1,0 +1,119 @@
+"""Supervised training: next-token loss on the thought, flow matching on the picture. It makes the shipped weights, and the comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.config import setting
+from agents.models.seam import UnifiedModel
+from unigrpo_env.decoders import PixelDecoder
+from unigrpo_env.episodes import Tokenizer, Variant
+from unigrpo_env.tasks import Prompt
+
+
+class Teacher(Protocol):
+    """A task that can also show how it is done; see `unigrpo_env.shapes_world.ShapesTask`."""
+
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor]: ...
+    def drills(self, count: int, seed: int) -> tuple[list[Prompt], list[str], Tensor]: ...
+
+
+@dataclass
+class SupervisedSettings:
+    """The recipe of the shipped weights."""
+
+    steps: int = setting(2000, "updates")
+    batch_size: int = setting(64, "examples an update")
+    learning_rate: float = setting(2e-3, "highest learning rate; it warms up and falls along a cosine")
+    warmup: int = setting(100, "updates of warm-up")
+    drills: float = setting(0.5, "share of the updates, from the first, that are mostly free layouts")
+    image_weight: float = setting(10.0, "weight of the flow-matching loss beside the token loss")
+    time_shift: float = setting(3.0, "shift of the uniform flow time towards noise")
+    clean: bool = setting(False, "lessons without habits and slips")
+    seed: int = setting(0, "of weights, lessons and noise")
+
+
+def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token lists as `[N, T]` int64, padded with 0, and the mask of what counts."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return ids, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
+
+
+def supervised_losses(
+    model: UnifiedModel, tokenizer: Tokenizer, prompts: list[Prompt], thoughts: list[str], latents: Tensor, t: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two losses of a batch, in nats a token and mean squared velocity error.
+
+    Args:
+        model: the four verbs.
+        tokenizer: of the variant.
+        prompts, thoughts: N of each.
+        latents, noise: `[N, L, C]`; x_t = (1 - t) latents + t noise, and the velocity to learn is noise - latents.
+        t: `[N]` in [0, 1], 1 is noise.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    asked, asked_mask = pad([[bos, *tokenizer.encode(p.text, add_special_tokens=False), eos] for p in prompts])
+    said, said_mask = pad([[bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in thoughts])
+    _, context = model.read_text(model.start(len(prompts)), asked, asked_mask, last_only=True)
+    logits, context = model.read_text(context, said, said_mask)
+    targets = said[:, 1:].masked_fill(~said_mask[:, 1:], -100)
+    text = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+    level = t[:, None, None]
+    velocity = model.velocity(context, (1 - level) * latents + level * noise, t)
+    return text, F.mse_loss(velocity, noise - latents)
+
+
+def train_supervised(
+    model: nn.Module,
+    variant: Variant,
+    settings: SupervisedSettings,
+    after_step: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    *,
+    first_lesson: int = 0,
+) -> None:
+    """Train `model` on a task that teaches, in place.
+
+    Args:
+        model: the four verbs.
+        variant: its task must be a `Teacher`, its decoder a `PixelDecoder`.
+        settings: the recipe.
+        after_step: called with the step (from 1) and the losses.
+        first_lesson: number of the first lesson, so that further training sees new ones.
+    """
+    task, decoder = cast(Teacher, variant.task), variant.decode
+    if not hasattr(task, "lessons") or not isinstance(decoder, PixelDecoder):
+        raise ValueError(f"expected a task with lessons and pixel latents, got {type(task).__name__} and {type(decoder).__name__}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / max(settings.warmup, 1)) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / settings.steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for step in range(settings.steps):
+        lesson = settings.seed * 1_000_000 + first_lesson + step
+        drilled = settings.batch_size * 3 // 4 if step < settings.drills * settings.steps else 0
+        prompts, thoughts, pictures = task.lessons(settings.batch_size - drilled, lesson, clean=settings.clean)
+        if drilled:
+            more = task.drills(drilled, lesson)
+            prompts, thoughts, pictures = prompts + more[0], thoughts + more[1], torch.cat([pictures, more[2]])
+        t = torch.rand(len(prompts), generator=generator)
+        t = settings.time_shift * t / (1 + (settings.time_shift - 1) * t)
+        latents = decoder.encode(pictures)
+        noise = torch.randn(latents.shape, generator=generator)
+        text, image = supervised_losses(cast(Any, model), variant.tokenizer, prompts, thoughts, latents, t, noise)
+        optimizer.zero_grad()
+        (text + settings.image_weight * image).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        after_step(step + 1, {"text_loss": float(text), "image_loss": float(image)})

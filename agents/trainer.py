@@ -1,0 +1,272 @@
+"""The loop: collect, compare inside groups, update. Nothing here that `examples/unigrpo_loop.py` could not say in a page."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
+
+from agents.actor import Actor
+from agents.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from agents.collector import Collector
+from agents.config import AlgorithmSettings, Config, EnvSettings
+from agents.evaluation import Evaluation, evaluate
+from agents.flow import Window
+from agents.loss import UniGRPOLoss, replay, window_means
+from agents.models import load_model
+from agents.objectives import group_advantage, groups_with_signal
+from unigrpo_env.episodes import Variant
+from unigrpo_env.tasks import Prompt, PromptFile
+from unigrpo_env.variants import make_variant
+from unigrpo_env.vector import InterleavedGenVectorEnv
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)
+
+METRICS = {
+    "reward": "mean reward of the iteration's episodes",
+    "signal": "share of groups whose rewards differ; the others teach nothing",
+    "unscored": "share of episodes that the reward could not score",
+    "thought_length": "mean number of tokens the policy chose, an episode",
+    "entropy": "mean entropy of the token distribution, nats; falling fast means the text stops exploring",
+    "text_clip_fraction": "share of tokens whose gradient the clip cut off; 0 while one update is made a batch",
+    "image_clip_fraction": "the same for stochastic image steps",
+    "text_log_ratio": "largest |log ratio| of a token; rounding error alone before an iteration's first update",
+    "image_log_ratio": "the same for image steps",
+    "loss_text": "text term of the loss; its gradient matters, not its value",
+    "loss_image": "image term of the loss; likewise",
+    "loss_velocity": "velocity penalty, weighted: how far the velocity has moved from the reference",
+    "text_grad_norm": "gradient norm of the text expert before clipping",
+    "image_grad_norm": "gradient norm of the image expert before clipping",
+    "episodes_per_second": "episodes collected and learnt from, a second",
+}
+"""What each number of an iteration means."""
+
+
+class UnscoredError(RuntimeError):
+    """Too many episodes without a score: training on would train on a bug."""
+
+
+def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
+    """The scenario that the settings name, with `reward` in place of theirs if given."""
+    rules = {name: getattr(settings, name) for name in ("text_budget", "image_steps", "time_shift") if getattr(settings, name) is not None}
+    variant = make_variant(settings.variant, reward=reward or settings.reward or None, **rules)
+    return variant if settings.prompts is None else dataclasses.replace(variant, task=PromptFile(settings.prompts))
+
+
+def build_loss(settings: AlgorithmSettings, model: nn.Module, reference: nn.Module | None, variant: Variant) -> UniGRPOLoss:
+    """The objective that the settings describe."""
+    return UniGRPOLoss(
+        model,
+        reference,
+        variant.rules.legal_tokens().to(next(model.parameters()).device),
+        temperature=settings.temperature,
+        noise_level=settings.noise_level,
+        text_weight=settings.text_weight,
+        image_weight=settings.image_weight,
+        velocity_weight=settings.velocity_weight,
+        text_clip=settings.text_clip,
+        image_clip=settings.image_clip,
+        ratio=cast(Any, settings.ratio),
+        through_context=settings.through_context,
+    )
+
+
+class Trainer:
+    """One run. All that is random is drawn from (seed, iteration), so a run that is stopped and resumed is the run that was not.
+
+    Args:
+        config: the settings.
+        model: what to train, in place of the one that the settings name.
+
+    Attributes:
+        iteration: iterations done.
+        model, reference, variant, env, collector, loss, optimizer: the parts, each usable alone.
+    """
+
+    def __init__(self, config: Config, model: nn.Module | None = None) -> None:
+        self.config, self.iteration = config, 0
+        import_modules(config.output.imports)
+        if config.trainer.threads:
+            torch.set_num_threads(config.trainer.threads)
+        algorithm, trainer, optimizer = config.algorithm, config.trainer, config.optimizer
+        self.model = model if model is not None else load_model(config.model.name, dtype=config.model.dtype, device=config.model.device)
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.velocity_weight else None
+        self.variant = build_variant(config.env)
+        self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
+        window = Window(algorithm.window_size, algorithm.window_low, algorithm.window_high)
+        actor = Actor(self._policy, temperature=algorithm.temperature, window=window, noise_level=algorithm.noise_level)
+        self.collector = Collector(self.env, actor, trainer.group_size, shared_noise=algorithm.shared_noise)
+        self.loss = build_loss(algorithm, self.model, self.reference, self.variant)
+        self.experts = cast(dict[str, list[nn.Parameter]], cast(Any, self.model).parameter_lists())
+        weights = {"text": algorithm.text_weight, "image": algorithm.image_weight}
+        for expert, parameters in self.experts.items():
+            for parameter in parameters:
+                parameter.requires_grad_(bool(weights[expert]))
+        self.rates = {"text": optimizer.text_lr, "image": optimizer.image_lr}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": self.experts[expert], "lr": rate} for expert, rate in self.rates.items()],
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(trainer.groups),
+            sampler=SamplerWithoutReplacement(),
+            batch_size=trainer.groups // (trainer.minibatches * trainer.micro_batches),
+        )
+        below_float32 = config.model.dtype != "float32"
+        self.recompute = (algorithm.old_log_prob or ("recompute" if below_float32 else "rollout")) == "recompute"
+
+    @property
+    def _policy(self) -> Any:
+        return self.model
+
+    def iterate(self) -> dict[str, float]:
+        """One round of collecting and updating; returns `METRICS`.
+
+        Raises:
+            UnscoredError: more than the allowed share of episodes had no score.
+        """
+        began, trainer = time.perf_counter(), self.config.trainer
+        seed = derived_seed(trainer.seed, self.iteration)
+        episodes = self.collector.collect(self.variant.task.prompts("train", trainer.groups, seed), seed)
+        metrics = self._compare(episodes)
+        if self.recompute:
+            self._recompute(episodes)
+        self.buffer.empty()
+        self.buffer.set_rng(torch.Generator().manual_seed(seed))
+        self.buffer.extend(episodes)
+        sums: dict[str, float] = {}
+        parts = list(self.buffer)
+        for start in range(0, len(parts), trainer.micro_batches):
+            for name, value in self._update(parts[start : start + trainer.micro_batches]).items():
+                sums[name] = sums.get(name, 0.0) + value / trainer.minibatches
+        self.iteration += 1
+        metrics |= sums
+        metrics["episodes_per_second"] = self.env.num_envs / (time.perf_counter() - began)
+        return {name: metrics[name] for name in METRICS}
+
+    def _compare(self, episodes: TensorDict) -> dict[str, float]:
+        """Give every episode its advantage, equation (1)."""
+        reward, group = episodes["reward"], episodes["group"]
+        unscored = float(reward.isnan().float().mean())
+        if unscored > self.config.trainer.max_unscored or unscored == 1:
+            raise UnscoredError(
+                f"{round(unscored * reward.numel())} of {reward.numel()} episodes could not be scored: the reward returned NaN or infinity for them. "
+                "Mend the reward, or raise trainer.max_unscored if so many failures are to be expected"
+            )
+        episodes["advantage"] = group_advantage(reward.flatten(), group.flatten()).view_as(reward)
+        return {
+            "reward": float(reward.nanmean()),
+            "signal": float(groups_with_signal(reward.flatten(), group.flatten()).float().mean()),
+            "unscored": unscored,
+            "thought_length": float(episodes["chosen_mask"].sum(-1).float().mean()),
+        }
+
+    @torch.no_grad()
+    def _recompute(self, episodes: TensorDict) -> None:
+        """Old log-probs and means by the training forward, where the rollout's differ by more than the clip range allows."""
+        for groups in episodes.split(self.buffer.batch_size, 0):  # type: ignore[arg-type]
+            flat = groups.flatten(0, 1)
+            old = replay(self._policy, flat, self.loss.legal_tokens, temperature=self.loss.temperature)
+            groups["log_prob"].copy_((old.log_prob * flat["chosen_mask"]).view_as(groups["log_prob"]))
+            means, _ = window_means(flat, old.velocity, self.loss.noise_level)
+            groups["window_means"].copy_(means.view_as(groups["window_means"]))
+
+    def _update(self, parts: list[TensorDict]) -> dict[str, float]:
+        """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
+        flat = [part.flatten(0, 1) for part in parts]
+        scored = sum(int((~part["reward"].isnan()).sum()) for part in flat)
+        metrics: dict[str, float] = {}
+        self.optimizer.zero_grad()
+        for part in flat:
+            part["weight"] = (~part["reward"].isnan()).float() / max(scored, 1)
+            out = self.loss(part)
+            (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
+            for name, value in out.items():
+                share = 1.0 if name.startswith("loss_") else 1 / len(flat)
+                metrics[name] = metrics.get(name, 0.0) + share * float(value.detach())
+        for group, (expert, parameters) in zip(self.optimizer.param_groups, self.experts.items(), strict=True):
+            norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
+            metrics[f"{expert}_grad_norm"] = float(norm)
+            group["lr"] = self.rates[expert] * self._schedule()
+        self.optimizer.step()
+        return metrics
+
+    def _schedule(self) -> float:
+        """Linear rise over `warmup`, then a linear fall to `decay` at the last iteration."""
+        optimizer, total = self.config.optimizer, max(self.config.trainer.iterations, 1)
+        rise = min(1.0, (self.iteration + 1) / max(optimizer.warmup, 1))
+        return rise * (1 - (1 - optimizer.decay) * self.iteration / total)
+
+    def evaluate(self, *, greedy: bool = False) -> Evaluation:
+        """The model on the held-out split."""
+        settings = self.config.evaluation
+        variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
+        return evaluate(
+            self._policy,
+            variant,
+            self.held_out(),
+            temperature=0.0 if greedy else self.config.algorithm.temperature,
+            image_steps=settings.image_steps,
+            seed=settings.seed,
+            device=self.config.model.device,
+        )
+
+    def held_out(self) -> list[Prompt]:
+        return self.variant.task.prompts("test", self.config.evaluation.prompts, self.config.evaluation.seed)
+
+    def train(self, after_iteration: Callable[[dict[str, float]], None] = lambda metrics: None) -> None:
+        """Iterate until `trainer.iterations`, calling `after_iteration` after each."""
+        while self.iteration < self.config.trainer.iterations:
+            after_iteration(self.iterate())
+
+    def save(self) -> Path:
+        """A checkpoint in the run's folder; see `agents.checkpoint`."""
+        state = {"iteration": self.iteration, "config": self.config.to_dict()}
+        folder = Path(self.config.output.folder) / "checkpoints"
+        return save_checkpoint(folder, self.model, self.optimizer, self.reference, state, self.config.output.keep_checkpoints)
+
+    @classmethod
+    def resume(cls, run: str | Path, overrides: Callable[[Config], Config] = lambda config: config) -> Trainer:
+        """The trainer of a run's last checkpoint.
+
+        Args:
+            run: the run's folder, or one checkpoint's.
+            overrides: changes the saved settings, to run for longer, say.
+
+        Raises:
+            ValueError: no checkpoint, or a damaged or foreign one.
+        """
+        checkpoint = latest_checkpoint(Path(run))
+        config = overrides(Config.from_dict(read_state(checkpoint)["config"]))
+        model = load_model(str(checkpoint / "model"), dtype=config.model.dtype, device=config.model.device)
+        trainer = cls(config, model)
+        trainer.iteration = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.reference)["iteration"]
+        return trainer
+
+
+def derived_seed(*key: int) -> int:
+    """One 31-bit seed from several numbers."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+
+
+def import_modules(names: list[str]) -> None:
+    """Import user modules, from the working directory too, for what they register."""
+    if names and "" not in sys.path:
+        sys.path.insert(0, "")
+    for name in names:
+        importlib.import_module(name)
