@@ -1,0 +1,137 @@
+"""Bad input ends in an error that says what was expected, and changes nothing."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import ResetNeeded
+
+import unigrpo_env  # noqa: F401
+from rewards import EpisodeBatch
+from unigrpo_env.env import InterleavedGenEnv
+from unigrpo_env.tasks import PromptFile
+from unigrpo_env.vector import InterleavedGenVectorEnv
+
+
+def action(env, **change):
+    return {"token": np.int64(10), "latent": np.zeros((36, 48), np.float32)} | change
+
+
+def env_in_image_phase():
+    env = InterleavedGenEnv(text_budget=0)
+    env.reset(seed=0)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "error", "message"),
+    [
+        (lambda: InterleavedGenEnv(), {"token": np.int64(64)}, ValueError, r"expected tokens in \[0, 64\)"),
+        (lambda: InterleavedGenEnv(), {"token": np.int64(-1)}, ValueError, r"expected tokens in \[0, 64\)"),
+        (lambda: InterleavedGenEnv(), {"token": np.float32(3)}, TypeError, "integer dtype"),
+        (lambda: InterleavedGenEnv(), {"token": np.array([1, 2])}, ValueError, "shape"),
+        (env_in_image_phase, {"latent": np.zeros((36, 47), np.float32)}, ValueError, r"\[1, 36, 48\]"),
+        (env_in_image_phase, {"latent": np.zeros((36, 48), np.int64)}, TypeError, "floating dtype"),
+        (env_in_image_phase, {"latent": np.full((36, 48), np.nan, np.float32)}, ValueError, "finite"),
+        (env_in_image_phase, {"latent": np.full((36, 48), np.inf, np.float32)}, ValueError, "finite"),
+    ],
+)
+def test_bad_actions(make, change, error, message):
+    env = make()
+    before, _ = env.reset(seed=0)
+    with pytest.raises(error, match=message):
+        env.step(action(env, **change))
+    after = env._observation()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_an_action_that_is_no_dict():
+    env = InterleavedGenEnv()
+    env.reset(seed=0)
+    with pytest.raises(KeyError, match="'token' and 'latent'"):
+        env.step(3)
+
+
+def test_step_before_reset():
+    with pytest.raises(ResetNeeded, match="reset"):
+        InterleavedGenEnv().step(action(None))
+    with pytest.raises(ResetNeeded, match="reset"):
+        InterleavedGenVectorEnv(num_envs=2).step({"token": torch.zeros(2, dtype=torch.long), "latent": torch.zeros(2, 36, 48)})
+
+
+def test_step_after_the_end():
+    env = env_in_image_phase()
+    for _ in range(10):
+        env.step(action(env))
+    with pytest.raises(ValueError, match="ended"):
+        env.step(action(env))
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="did you mean 'shapes'"):
+        gym.make("unigrpo/TextToImage-v0", reward="shape")
+    with pytest.raises(gym.error.Error, match="TextToImage"):
+        gym.make("unigrpo/TextToImages-v0")
+    with pytest.raises(ValueError, match="did you mean 'text_to_image'"):
+        InterleavedGenEnv("text_to_imag")
+    with pytest.raises(ValueError, match="unknown reset options"):
+        InterleavedGenEnv().reset(options={"promt": "a circle"})
+
+
+def test_a_prompt_beyond_the_budget_changes_no_row():
+    env = InterleavedGenVectorEnv(num_envs=2)
+    before, _ = env.reset(seed=0)
+    with pytest.raises(ValueError, match="prompt_budget=16"):
+        env.reset(seed=1, options={"prompts": ["a circle", "a circle and " * 9]})
+    after = env._observation()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [("p.txt", "\n \n", "empty"), ("p.jsonl", '{"text": 1}\n', "line 1"), ("p.jsonl", "circle\n", "line 1")])
+def test_prompt_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PromptFile(tmp_path / name)
+    with pytest.raises(ValueError, match="found none"):
+        PromptFile(tmp_path / "other.txt")
+
+
+def test_a_prompt_file_keeps_its_splits_apart(tmp_path):
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {n}" for n in range(30)))
+    task = PromptFile(tmp_path / "p.txt")
+    train, test = ({p.text for p in task.prompts(split, 60, 0)} for split in ("train", "test"))
+    assert len(train) == 27
+    assert len(test) == 3
+    assert not train & test
+
+
+def reward_env(reward):
+    env = InterleavedGenVectorEnv(num_envs=3, reward=reward, text_budget=0, image_steps=1)
+    env.reset(seed=0)
+    return env
+
+
+LAST = {"token": torch.zeros(3, dtype=torch.long), "latent": torch.zeros(3, 36, 48)}
+
+
+def test_a_reward_that_raises_keeps_its_own_text():
+    def broken(episodes: EpisodeBatch):
+        raise ZeroDivisionError("the scorer's own words")
+
+    with pytest.raises(ZeroDivisionError, match="the scorer's own words") as caught:
+        reward_env(broken).step(LAST)
+    assert any("'broken'" in note for note in caught.value.__notes__)
+
+
+def test_a_reward_of_the_wrong_length():
+    with pytest.raises(ValueError, match=r"shape \[2\]; expected one number an episode, \[3\]"):
+        reward_env(lambda episodes: [0.0, 1.0]).step(LAST)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_unscorable_is_not_zero(bad):
+    _, reward, terminated, _, infos = reward_env(lambda episodes: [1.0, bad, 0.5]).step(LAST)
+    assert reward[0] == 1
+    assert reward[1].isnan()
+    assert infos["unscored"].tolist() == [False, True, False]
+    assert terminated.all()

@@ -1,0 +1,74 @@
+"""Every registered variant keeps the contract that users inherit."""
+
+import gymnasium as gym
+import pytest
+from torchrl.envs import GymWrapper
+from torchrl.envs.utils import check_env_specs
+
+import unigrpo_env  # noqa: F401
+from unigrpo_env.testing import VariantContract
+from unigrpo_env.variants import VARIANTS
+
+IDS = sorted(name for name in gym.registry if name.startswith("unigrpo/"))
+
+
+class TestTextToImage(VariantContract):
+    def make_variant(self):
+        return VARIANTS["text_to_image"]()
+
+
+class TestToy(VariantContract):
+    def make_variant(self):
+        return VARIANTS["toy"]()
+
+
+class TestWithoutThought(VariantContract):
+    def make_variant(self):
+        return VARIANTS["text_to_image"](text_budget=0)
+
+
+def test_every_variant_is_tested_here():
+    assert set(VARIANTS) == {"text_to_image", "toy"}
+    assert len(IDS) == len(list(VARIANTS))
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_torchrl_takes_the_single_env(env_id):
+    check_env_specs(GymWrapper(gym.make(env_id), categorical_action_encoding=True))
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_make_vec(env_id):
+    env = gym.make_vec(env_id, num_envs=3)
+    observation, info = env.reset(seed=0)
+    assert observation["latent"].shape[0] == 3
+    assert len(info["prompts"]) == 3
+    assert env.observation_space.spaces["tokens"].shape == tuple(observation["tokens"].shape)
+
+
+def test_wrappers(tmp_path):
+    env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array")
+    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.RecordVideo(env, str(tmp_path), disable_logger=True))
+    env.reset(seed=0)
+    ended, length = False, 0
+    while not ended:
+        _, reward, ended, _, info = env.step(env.action_space.sample())
+        length += 1
+    env.close()
+    assert info["episode"]["l"] == length
+    assert info["episode"]["r"] == reward
+    assert list(tmp_path.glob("*.mp4"))
+
+
+def test_frames_show_the_picture_and_the_words():
+    env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array").unwrapped
+    env.reset(seed=0)
+    thinking = env.render()
+    while True:
+        observation, *_, = env.step(env.action_space.sample())
+        if observation["phase"] == 1:
+            break
+    drawing = env.render()
+    assert thinking.shape == drawing.shape == (272, 608, 3)
+    assert thinking.dtype == "uint8"
+    assert (thinking[20:250, 20:250] != drawing[20:250, 20:250]).mean() > 0.5
