@@ -1,0 +1,21 @@
+"""Small things that many tests share."""
+
+import pytest
+import torch
+
+from agents.models import Bagel, BagelConfig
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def small_bagel() -> Bagel:
+    """A random model of the text-to-image variant's sizes, small enough for a test; its velocity head is not zero."""
+    config = BagelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e3,
+        z_channels=3, latent_patch_size=4, latent_height=6, latent_width=6, max_latent_size=6, image_start_id=3, image_end_id=4,
+    )  # fmt: skip
+    model = Bagel(config).initialise(0, std=0.15)
+    with torch.no_grad():
+        model.llm2vae.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    return model
