@@ -1,0 +1,255 @@
+"""The trainer learns, freezes, stops, resumes, and says what is wrong."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from agents.checkpoint import checkpoints, latest_checkpoint
+from agents.config import Config, config_names, load_config, settings
+from agents.logs import read_metrics
+from agents.run import run
+from agents.trainer import METRICS, Trainer, UnscoredError
+from rewards import REWARDS
+
+TOY = [
+    "model.name=toy", "env.variant=toy", "env.time_shift=1.0", "env.image_steps=8", "env.text_budget=2", "evaluation.image_steps=8",
+    "trainer.groups=8", "trainer.group_size=8", "trainer.minibatches=1", "trainer.micro_batches=1", "model.dtype=float32",
+    "optimizer.text_lr=0.1", "optimizer.image_lr=0.03", "optimizer.beta2=0.99", "algorithm.text_clip=0.2", "algorithm.image_clip=0.1",
+    "evaluation.prompts=64", "output.tensorboard=false", "output.samples_every=0",
+]  # fmt: skip
+
+
+def toy_trainer(folder, *overrides, config="unigrpo"):
+    return Trainer(load_config(config, [*TOY, f"output.folder={folder}", *overrides]))
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_learns_the_toy(name, tmp_path):
+    """The optimum is known: say the prompt's word, paint its grey (latents -0.5 and 0.5)."""
+    # Frozen words are random words: there the picture follows the prompt alone.
+    thought = ["env.text_budget=0"] if not load_config(name).algorithm.text_weight else []
+    trainer = toy_trainer(tmp_path, "trainer.iterations=120", *thought, config=name)
+    algorithm = trainer.config.algorithm
+    before = trainer.evaluate().components
+    words = trainer.model.words.detach().clone()
+    pictures = trainer.model.pictures.detach().clone()
+    trainer.train()
+    after = trainer.evaluate().components
+    if algorithm.text_weight:
+        assert after["toy/word"].mean() > 0.9 > before["toy/word"].mean() + 0.3
+    else:
+        assert torch.equal(words, trainer.model.words)
+    if algorithm.image_weight:
+        target = torch.tensor([-0.5, 0.5])
+        assert ((trainer.model.pictures[3:].mean((1, 2)) - target).abs() < 0.2).all()
+        assert after["toy/grey"].mean() > before["toy/grey"].mean() + 0.1
+    else:
+        assert torch.equal(pictures, trainer.model.pictures)
+
+
+def test_old_log_probs_recomputed_are_the_training_forward(small_bagel, tmp_path):
+    config = load_config("unigrpo", [f"output.folder={tmp_path}", "trainer.groups=2", "trainer.group_size=2", "env.text_budget=4", "env.image_steps=6",
+                                     "env.reward=shapes_score", "algorithm.old_log_prob=recompute"])  # fmt: skip
+    trainer = Trainer(config, small_bagel)
+    metrics = trainer.iterate()
+    assert metrics["text_log_ratio"] == 0
+    assert metrics["image_log_ratio"] == 0
+
+
+@pytest.mark.parametrize(("frozen", "weight"), [("image", "algorithm.image_weight=0.0"), ("text", "algorithm.text_weight=0.0")])
+def test_frozen_means_no_gradient_and_no_change(small_bagel, tmp_path, frozen, weight):
+    config = load_config("unigrpo", [weight, "trainer.groups=2", "trainer.group_size=4", "env.text_budget=4", "env.image_steps=6", "env.reward=mean_red",
+                                     f"output.folder={tmp_path}"])  # fmt: skip
+    lists = small_bagel.parameter_lists()
+    before = {name: [p.detach().clone() for p in parameters] for name, parameters in lists.items()}
+    trainer = Trainer(config, small_bagel)
+    trainer.iterate()
+    for name, parameters in lists.items():
+        changed = any(not torch.equal(old, new) for old, new in zip(before[name], parameters, strict=True))
+        assert changed == (name != frozen), name
+    assert all(p.grad is None for p in lists[frozen])
+
+
+def weights_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["toy", "bagel"])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(small_bagel, tmp_path, kind):
+    overrides = ["trainer.iterations=6", "output.checkpoint_every=3", "algorithm.velocity_weight=0.01", "trainer.minibatches=2"]
+    if kind == "toy":
+        make = lambda folder: toy_trainer(folder, *overrides)  # noqa: E731
+    else:
+        settings = ["trainer.groups=2", "trainer.group_size=4", "env.text_budget=4", "env.image_steps=6", "env.reward=mean_red", "evaluation.prompts=2"]
+        make = lambda folder: Trainer(load_config("unigrpo", [*overrides, *settings, f"output.folder={folder}"]), small_bagel)  # noqa: E731
+        small_bagel.save_pretrained(tmp_path / "start")
+    whole = make(tmp_path / "whole")
+    run(whole)
+    expected = weights_of(whole)
+    if kind == "bagel":
+        small_bagel.load_state_dict(type(small_bagel).from_pretrained(tmp_path / "start").state_dict())
+    stopped = make(tmp_path / "stopped")
+    reference = {name: value.clone() for name, value in stopped.reference.state_dict().items()}
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_five(metrics):
+        if stopped.iteration == 5:
+            raise Stop
+
+    original = stopped.train
+    stopped.train = lambda after: original(lambda metrics: (after(metrics), stop_after_five(metrics)))
+    with pytest.raises(Stop):
+        run(stopped)
+    assert len(read_metrics(tmp_path / "stopped")) == 5
+    torch.manual_seed(99)
+    resumed = Trainer.resume(tmp_path / "stopped")
+    assert resumed.iteration == 3
+    assert all(torch.equal(value, reference[name]) for name, value in resumed.reference.state_dict().items())
+    run(resumed)
+    for name, value in weights_of(resumed).items():
+        assert torch.equal(value, expected[name]), name
+    rows, other = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "whole")
+    for row in (*rows, *other):
+        row.pop("episodes_per_second")
+    assert rows == other
+
+
+def test_old_checkpoints_go(tmp_path):
+    trainer = toy_trainer(tmp_path, "trainer.iterations=4", "output.checkpoint_every=1")
+    run(trainer)
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["000003", "000004"]
+
+
+def damage(path, how):
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "foreign":
+        path.write_text("{}")
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "reference.safetensors", "model/model.safetensors"])
+@pytest.mark.parametrize("how", ["truncated", "foreign", "missing"])
+def test_damaged_checkpoints(tmp_path, name, how):
+    trainer = toy_trainer(tmp_path, "trainer.iterations=1")
+    trainer.iterate()
+    damage(trainer.save() / name, how)
+    with pytest.raises(ValueError, match=r"state of a run|safetensors file|expected a run|does not fit|missing"):
+        Trainer.resume(tmp_path)
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, "trainer.iterations=3")
+    trainer.iterate()
+    first = trainer.save()
+    trainer.iterate()
+    monkeypatch.setattr("agents.checkpoint.write_json", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        trainer.save()
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == first
+    assert Trainer.resume(tmp_path).iteration == 1
+
+
+def test_a_run_does_not_overwrite_another(tmp_path):
+    run(toy_trainer(tmp_path, "trainer.iterations=1"))
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(toy_trainer(tmp_path, "trainer.iterations=1"))
+
+
+def test_summary_report_and_metrics(tmp_path):
+    run(toy_trainer(tmp_path, "trainer.iterations=3", "output.samples_every=2", "output.tensorboard=true"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    for name in ("accuracy_before", "accuracy_after", "greedy_accuracy_before", "greedy_accuracy_after", "seconds_training", "seed"):
+        assert isinstance(summary[name], int | float)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 16
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert set(read_metrics(tmp_path)[0]) == {"iteration", *METRICS}
+    assert (tmp_path / "samples" / "000002.png").is_file()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def rewards():
+    """Rewards for these tests alone."""
+    kept = dict(REWARDS._entries)
+    REWARDS.add("mean_red", lambda episodes: episodes.images[:, 0].mean((1, 2)))
+    REWARDS.add("some_nan", lambda episodes: [math.nan if i % 8 == 0 else i % 3 for i in range(len(episodes))])
+    REWARDS.add("all_nan", lambda episodes: [math.nan] * len(episodes))
+    yield
+    REWARDS._entries = kept
+
+
+def test_a_few_unscored_episodes_are_left_out_and_counted(tmp_path):
+    metrics = toy_trainer(tmp_path, "env.reward=some_nan").iterate()
+    assert metrics["unscored"] == 1 / 8
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("overrides", [["env.reward=all_nan", "trainer.max_unscored=1.0"], ["env.reward=some_nan", "trainer.max_unscored=0.1"]])
+def test_too_many_unscored_episodes_stop_the_run(tmp_path, overrides):
+    trainer = toy_trainer(tmp_path, *overrides)
+    before = weights_of(trainer)
+    with pytest.raises(UnscoredError, match="could not be scored"):
+        trainer.iterate()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
+
+
+def test_equal_rewards_teach_nothing(tmp_path):
+    REWARDS.add("constant", lambda episodes: [0.7] * len(episodes))
+    trainer = toy_trainer(tmp_path, "env.reward=constant", "algorithm.velocity_weight=0.0")
+    before = weights_of(trainer)
+    metrics = trainer.iterate()
+    assert metrics["signal"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.iteration=3", "did you mean 'trainer.iterations'"),
+        ("trainer.iterations=many", "trainer.iterations"),
+        ("trainer.group_size=1", "judged against the others"),
+        ("trainer.minibatches=3", "multiple of minibatches"),
+        ("algorithm.ratio=norn", "one of"),
+        ("iterations", "unknown setting"),
+    ],
+)
+def test_settings_that_cannot_be(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("unigrpo", [override])
+
+
+def test_settings_survive_json():
+    config = load_config("paper", ["env.reward=shapes + 0.1 * brevity", "output.imports=[a, b]"])
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="not the settings"):
+        Config.from_dict({"trainer": {"unknown": 1}})
+
+
+def test_every_setting_has_help_and_is_read():
+    """Each key is named somewhere outside the file that defines it."""
+    from pathlib import Path
+
+    import agents
+
+    sources = "".join(path.read_text() for path in Path(agents.__path__[0]).rglob("*.py") if path.name != "config.py")
+    for name, entry in settings():
+        assert entry.metadata["help"]
+        assert f".{entry.name}" in sources or f'"{entry.name}"' in sources, f"nobody reads {name}"
+
+
+def test_the_reference_is_the_model_that_training_began_from(tmp_path):
+    trainer = toy_trainer(tmp_path, "trainer.iterations=2")
+    before = weights_of(trainer)
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.reference.state_dict().items())
+    shutil.rmtree(tmp_path, ignore_errors=True)
