@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def token_log_probs(logits: Tensor, legal: Tensor, temperature: float) -> Tensor
     return (logits.float() / temperature).masked_fill(~legal, -torch.inf).log_softmax(-1)
 
 
-def read_prompts(model: UnifiedModel, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Context]:
+def read_prompts(model: UnifiedModel[Any], ids: Tensor, lengths: Tensor) -> tuple[Tensor, Context]:
     """Read each different prompt once and hand it to all rows that share it.
 
     Args:
@@ -83,7 +84,9 @@ class Actor:
         noise_level: a of equation (3), inside the window.
     """
 
-    def __init__(self, model: UnifiedModel, *, temperature: float = 1.0, window: Window | None = None, noise_level: float = 0.8) -> None:
+    def __init__(
+        self, model: UnifiedModel[Any], *, temperature: float = 1.0, window: Window | None = None, noise_level: float = 0.8
+    ) -> None:
         if temperature < 0:
             raise ValueError(f"expected temperature >= 0, got {temperature}")
         self.model, self.temperature, self.window, self.noise_level = model, temperature, window, noise_level
@@ -125,7 +128,9 @@ class Actor:
             raise ValueError(f"expected {rows} seeds, one a row, got {len(seeds)}; call start() with one a row")
         self._seeds_used = seeds
         # A uniform number a token, in (0, 1]: enough to invert the cumulative distribution, whatever the vocabulary.
-        self._uniform = torch.stack([1 - torch.rand(len(self._places), generator=keyed_generator(seed, TOKEN_NOISE)) for seed in seeds]).to(device)
+        self._uniform = torch.stack([1 - torch.rand(len(self._places), generator=keyed_generator(seed, TOKEN_NOISE)) for seed in seeds]).to(
+            device
+        )
         self._noise: Tensor | None = None
 
     def _catch_up(self, observation: dict[str, Tensor]) -> None:
@@ -178,10 +183,13 @@ class Actor:
 
     def _step_noise(self, observation: dict[str, Tensor]) -> Tensor:
         """Standard normal noise `[N, L, C]` for this step, one keyed draw a window."""
-        assert self.window is not None and self.window_start is not None
+        assert self.window is not None
+        assert self.window_start is not None
         latent = observation["latent"]
         if self._noise is None:
             shape = (self.window.size, *latent.shape[1:])
-            self._noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, STEP_NOISE)) for seed in self._seeds_used]).to(latent.device)
+            self._noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, STEP_NOISE)) for seed in self._seeds_used]).to(
+                latent.device
+            )
         index = (observation["step"] - self.window_start).clamp(0, self.window.size - 1)
         return self._noise[torch.arange(len(latent), device=latent.device), index]

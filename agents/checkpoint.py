@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.models import UnifiedModel
 from agents.models.files import load_weights, read_tensors, write_json, write_tensors
 
 STATE = "state.json"
@@ -33,7 +34,7 @@ def _set_random_state(state: dict[str, Any], torch_state: Tensor) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: dict[str, Any], keep: int
+    folder: Path, model: UnifiedModel[Any], optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: dict[str, Any], keep: int
 ) -> Path:
     """Write `folder/<iteration>` and drop all but the `keep` newest.
 
@@ -49,12 +50,13 @@ def save_checkpoint(
     part = folder / f"{place.name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    model.save_pretrained(part / "model")  # type: ignore[operator]
+    model.save_pretrained(part / "model")
     if reference is not None:
         write_tensors(reference.state_dict(), part / "reference.safetensors")
     saved = optimizer.state_dict()
     write_tensors(
-        {f"{index}.{name}": value for index, entry in saved["state"].items() for name, value in entry.items()}, part / "optimizer.safetensors"
+        {f"{index}.{name}": value for index, entry in saved["state"].items() for name, value in entry.items()},
+        part / "optimizer.safetensors",
     )
     randomness, torch_state = _random_state()
     write_tensors({"torch": torch_state}, part / "random.safetensors")
@@ -89,7 +91,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             state[key]
         return state
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{checkpoint / STATE} is not the state of a run ({error!r}); it may be damaged or from another program") from error
+        raise ValueError(
+            f"{checkpoint / STATE} is not the state of a run ({error!r}); it may be damaged or from another program"
+        ) from error
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None) -> dict[str, Any]:

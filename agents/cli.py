@@ -32,9 +32,20 @@ def _parser() -> Parser:
 
     def command(name: str, text: str, with_settings: bool = False) -> Parser:
         sub = commands.add_parser(
-            name, help=text, description=text, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_settings_help() if with_settings else None
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=_settings_help() if with_settings else None,
         )
-        sub.add_argument("--import", dest="imports", metavar="MODULE", action="append", default=[], help="module to import first, for the rewards and variants it registers")
+        sub.add_argument(
+            "--import",
+            dest="imports",
+            metavar="MODULE",
+            action="append",
+            default=[],
+            help="module to import first, for the rewards and variants it registers",
+        )
         if with_settings:
             from agents.config import config_names
 
@@ -128,11 +139,17 @@ def _sample(args: argparse.Namespace, console: Console) -> None:
     # What a free prompt asks for is not known to any task, so nothing can be scored: a reward of NaN says so.
     variant = make_variant(args.variant, reward=lambda episodes: [float("nan")] * len(episodes))
     unknown = getattr(variant.tokenizer, "unk_token_id", None)
-    words = [word for word in args.prompt.split() if unknown is not None and variant.tokenizer.encode(word, add_special_tokens=False) == [unknown]]
+    words = [
+        word
+        for word in args.prompt.split()
+        if unknown is not None and variant.tokenizer.encode(word, add_special_tokens=False) == [unknown]
+    ]
     if words:
         console.print(f"[yellow]words that the model has never seen: {', '.join(words)}[/yellow]")
     model = cast(Any, load_model(args.model))
-    found = evaluate(model, variant, [Prompt(args.prompt)] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed)
+    found = evaluate(
+        model, variant, [Prompt(args.prompt)] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed
+    )
     for text in found.texts:
         console.print(text or "(no thought)", highlight=False)
     out = Path(args.out)
@@ -168,7 +185,11 @@ def _pretrain(args: argparse.Namespace, console: Console) -> None:
     prompts = variant.task.prompts("test", 256, 1_000_000)
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         found = evaluate(model, variant, prompts, temperature=temperature)
-        console.print(f"{name:>8}  [bold]{found.accuracy:.3f}[/bold]  {({k: round(v, 2) for k, v in found.by('kind').items()})}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{name:>8}  [bold]{found.accuracy:.3f}[/bold]  { ({k: round(v, 2) for k, v in found.by('kind').items()}) }",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"weights  {folder}", highlight=False)
 
 

@@ -114,7 +114,8 @@ class Collector:
             record["log_prob"][rows, at] = decision.log_prob[rows]
             record["chosen_mask"][rows, at] = True
             return
-        assert decision.mean is not None and self.actor.window_start is not None
+        assert decision.mean is not None
+        assert self.actor.window_start is not None
         index = observation["step"] - self.actor.window_start
         rows = (decision.active & (index >= 0) & (index < self.window.size)).nonzero()[:, 0]
         if len(rows) == 0:

@@ -142,16 +142,21 @@ class Config:
             ("evaluation.prompts", self.evaluation.prompts, 1),
         ):
             if value < least:
-                raise ValueError(f"expected {name} >= {least}, got {value}" + ("; an episode is judged against the others of its group" if "size" in name else ""))
+                raise ValueError(
+                    f"expected {name} >= {least}, got {value}"
+                    + ("; an episode is judged against the others of its group" if "size" in name else "")
+                )
         if trainer.groups % (trainer.minibatches * trainer.micro_batches):
-            raise ValueError(f"expected trainer.groups={trainer.groups} to be a multiple of minibatches x micro_batches = {trainer.minibatches * trainer.micro_batches}")
-        for name, value, choices in (
+            raise ValueError(
+                f"expected trainer.groups={trainer.groups} to be a multiple of minibatches x micro_batches = {trainer.minibatches * trainer.micro_batches}"
+            )
+        for name, choice, choices in (
             ("algorithm.ratio", self.algorithm.ratio, ("norm", "plain")),
             ("algorithm.old_log_prob", self.algorithm.old_log_prob, (None, "rollout", "recompute")),
             ("model.dtype", self.model.dtype, ("float32", "bfloat16", "float16")),
         ):
-            if value not in choices:
-                raise ValueError(f"expected {name} to be one of {choices}, got {value!r}")
+            if choice not in choices:
+                raise ValueError(f"expected {name} to be one of {choices}, got {choice!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

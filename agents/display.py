@@ -45,7 +45,13 @@ class Display:
         self.console = console or Console()
         self.total = total
         self.progress = Progress(
-            TextColumn("[bold]UniGRPO"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
+            TextColumn("[bold]UniGRPO"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
         )
         self.bar = self.progress.add_task("train", total=total, completed=done)
         self.history: list[float] = []

@@ -49,7 +49,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: UnifiedModel,
+    model: UnifiedModel[Any],
     variant: Variant,
     prompts: Sequence[Prompt],
     *,
@@ -83,13 +83,15 @@ def evaluate(
         seeds = [seed + start + row for row in range(len(batch))]
         observation, _ = env.reset(seed=seeds, options={"prompts": batch})
         actor.start(seeds)
-        reward, components = torch.zeros(len(batch)), {}
+        reward = torch.zeros(len(batch))
+        components: dict[str, Tensor] = {}
         while (observation["phase"] != Phase.DONE).any():
             decision = actor.act(observation)
             observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
             reward += paid
             for name, values in infos.get("components", {}).items():
-                components[name] = torch.where(infos["ended"].cpu(), values, components.get(name, torch.nan))
+                known = components.get(name, torch.full_like(values, torch.nan))
+                components[name] = torch.where(infos["ended"].cpu(), values, known)
         parts.append({"texts": env.texts(), "images": env.images().cpu(), "reward": reward, "components": components})
     names = parts[0]["components"]
     return Evaluation(

@@ -76,13 +76,15 @@ class Window:
     high: int = 5
 
     def __post_init__(self) -> None:
-        if not (0 <= self.low and 1 <= self.size <= self.high - self.low):
+        if not (self.low >= 0 and 1 <= self.size <= self.high - self.low):
             raise ValueError(f"expected 0 <= low and 1 <= size <= high - low, got {self}")
 
     def check(self, image_steps: int) -> None:
         """Raise ValueError if the window could touch the last of `image_steps` steps."""
         if self.high > image_steps - 1:
-            raise ValueError(f"expected the window to end before the last of {image_steps} image steps, got {self}; lower `high` or take more steps")
+            raise ValueError(
+                f"expected the window to end before the last of {image_steps} image steps, got {self}; lower `high` or take more steps"
+            )
 
     def draw(self, groups: int, generator: torch.Generator) -> Tensor:
         """A start for each group, `[groups]` int64: one window a group, never one a sample."""

@@ -42,9 +42,11 @@ class RunLog:
         self._wandb = None
         if wandb is not None:
             try:
-                import wandb as library  # type: ignore[import-not-found]
+                import wandb as library
             except ImportError as error:
-                raise ValueError(f"expected wandb to be installed for output.wandb={wandb!r}; pip install wandb, or leave the setting empty") from error
+                raise ValueError(
+                    f"expected wandb to be installed for output.wandb={wandb!r}; pip install wandb, or leave the setting empty"
+                ) from error
             self._wandb = library.init(project=wandb, dir=str(folder), config=settings)
 
     def write(self, iteration: int, metrics: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -32,7 +32,7 @@ class Replay:
 
 
 def replay(
-    model: UnifiedModel,
+    model: UnifiedModel[Any],
     episodes: TensorDictBase,
     legal_tokens: Tensor,
     *,
@@ -71,7 +71,11 @@ def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float)
     """Means `[N, W, L, C]` and stds `[N, W]` of the stochastic steps under a velocity."""
     times, shape = episodes["window_times"], velocity.shape[:2]
     step = sde_step(
-        episodes["window_latents"][:, :-1].flatten(0, 1), velocity.flatten(0, 1), times[:, :-1].flatten(), times[:, 1:].flatten(), noise_level
+        episodes["window_latents"][:, :-1].flatten(0, 1),
+        velocity.flatten(0, 1),
+        times[:, :-1].flatten(),
+        times[:, 1:].flatten(),
+        noise_level,
     )
     return step.mean.unflatten(0, shape), step.std.unflatten(0, shape)
 
@@ -107,8 +111,8 @@ class UniGRPOLoss(LossModule):
 
     def __init__(
         self,
-        model: nn.Module,
-        reference: nn.Module | None,
+        model: UnifiedModel[Any],
+        reference: UnifiedModel[Any] | None,
         legal_tokens: Tensor,
         *,
         temperature: float = 1.0,

@@ -79,11 +79,18 @@ def write_report(
         for i in list(range(0, len(before.prompts), every))[:samples]
     )
     kinds = before.by("kind")
-    by_kind = "".join(f'<tr><td>{kind}</td><td class="n">{value:.2f}</td><td class="n">{after.by("kind")[kind]:.2f}</td></tr>' for kind, value in kinds.items())
-    figures = "".join(
-        f"<tr><td>{name.replace('_', ' ')}</td><td class=n>{value:.4g}</td></tr>" for name, value in summary.items() if isinstance(value, int | float)
+    by_kind = "".join(
+        f'<tr><td>{kind}</td><td class="n">{value:.2f}</td><td class="n">{after.by("kind")[kind]:.2f}</td></tr>'
+        for kind, value in kinds.items()
     )
-    meanings = "".join(f"<tr><td>{name.replace('_', ' ')}</td><td class=faint>{html.escape(text)}</td></tr>" for name, text in METRICS.items())
+    figures = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td class=n>{value:.4g}</td></tr>"
+        for name, value in summary.items()
+        if isinstance(value, int | float)
+    )
+    meanings = "".join(
+        f"<tr><td>{name.replace('_', ' ')}</td><td class=faint>{html.escape(text)}</td></tr>" for name, text in METRICS.items()
+    )
     shown = ["reward", "signal", "entropy", "thought_length", "text_grad_norm", "loss_velocity"]
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>UniGRPO run</title><style>{STYLE}</style>'
@@ -107,7 +114,14 @@ def contact_sheet(evaluation: Evaluation, side: int = 144) -> Image.Image:
     for index in range(count):
         left, top = 12 + index % columns * (side + 12), 12 + index // columns * (side + caption)
         sheet.paste(enlarge(evaluation.images[index], side), (left, top))
-        lines = textwrap.wrap(evaluation.prompts[index].text, 26)[:2] + ["· " + line for line in textwrap.wrap(evaluation.texts[index], 26)[:4]]
+        lines = textwrap.wrap(evaluation.prompts[index].text, 26)[:2] + [
+            "· " + line for line in textwrap.wrap(evaluation.texts[index], 26)[:4]
+        ]
         for row, line in enumerate(lines):
-            pen.text((left, top + side + 3 + 14 * row), line, fill=(34, 34, 40) if not line.startswith("·") else (120, 120, 130), font=ImageFont.load_default(11))
+            pen.text(
+                (left, top + side + 3 + 14 * row),
+                line,
+                fill=(34, 34, 40) if not line.startswith("·") else (120, 120, 130),
+                font=ImageFont.load_default(11),
+            )
     return sheet

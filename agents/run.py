@@ -81,7 +81,9 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
     write_json(summary, folder / SUMMARY)
     write_report(folder / REPORT, summary, read_metrics(folder), before["sampled"], after["sampled"], output.samples)
     for name in ("accuracy", "greedy_accuracy"):
-        console.print(f"{name.replace('_', ' '):>16}  {summary[name + '_before']:.3f} → [bold]{summary[name + '_after']:.3f}[/bold]", highlight=False)
+        console.print(
+            f"{name.replace('_', ' '):>16}  {summary[name + '_before']:.3f} → [bold]{summary[name + '_after']:.3f}[/bold]", highlight=False
+        )
     console.print(f"{'training':>16}  {seconds:.0f} s, {summary['episodes']} episodes", highlight=False)
     console.print(f"{'report':>16}  {folder / REPORT}", highlight=False, soft_wrap=True)
     return summary
@@ -101,14 +103,15 @@ def _before(trainer: Trainer, folder: Path, console: Console) -> dict[str, Evalu
 
     tensors, texts = read_tensors(place), json.loads((folder / "before.json").read_text())
     return {
-        name: Evaluation(trainer.held_out(), texts[name], tensors[f"{name}.images"], tensors[f"{name}.reward"], {}) for name in ("sampled", "greedy")
+        name: Evaluation(trainer.held_out(), texts[name], tensors[f"{name}.images"], tensors[f"{name}.reward"], {})
+        for name in ("sampled", "greedy")
     }
 
 
 def _samples(trainer: Trainer, folder: Path, log: RunLog) -> None:
     """A sheet of what the model thinks and draws now."""
     prompts = trainer.held_out()[: trainer.config.output.samples]
-    evaluation = evaluate(trainer.model, trainer.variant, prompts, seed=trainer.config.evaluation.seed, device=trainer.config.model.device)  # type: ignore[arg-type]
+    evaluation = evaluate(trainer.model, trainer.variant, prompts, seed=trainer.config.evaluation.seed, device=trainer.config.model.device)
     (folder / "samples").mkdir(exist_ok=True)
     sheet = contact_sheet(evaluation)
     sheet.save(folder / "samples" / f"{trainer.iteration:06d}.png")

@@ -26,7 +26,7 @@ from agents.config import AlgorithmSettings, Config, EnvSettings
 from agents.evaluation import Evaluation, evaluate
 from agents.flow import Window
 from agents.loss import UniGRPOLoss, replay, window_means
-from agents.models import load_model
+from agents.models import UnifiedModel, load_model
 from agents.objectives import group_advantage, groups_with_signal
 from unigrpo_env.episodes import Variant
 from unigrpo_env.tasks import Prompt, PromptFile
@@ -66,7 +66,7 @@ def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
     return variant if settings.prompts is None else dataclasses.replace(variant, task=PromptFile(settings.prompts))
 
 
-def build_loss(settings: AlgorithmSettings, model: nn.Module, reference: nn.Module | None, variant: Variant) -> UniGRPOLoss:
+def build_loss(settings: AlgorithmSettings, model: UnifiedModel[Any], reference: UnifiedModel[Any] | None, variant: Variant) -> UniGRPOLoss:
     """The objective that the settings describe."""
     return UniGRPOLoss(
         model,
@@ -96,7 +96,7 @@ class Trainer:
         model, reference, variant, env, collector, loss, optimizer: the parts, each usable alone.
     """
 
-    def __init__(self, config: Config, model: nn.Module | None = None) -> None:
+    def __init__(self, config: Config, model: UnifiedModel[Any] | None = None) -> None:
         self.config, self.iteration = config, 0
         import_modules(config.output.imports)
         if config.trainer.threads:
@@ -107,10 +107,10 @@ class Trainer:
         self.variant = build_variant(config.env)
         self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
         window = Window(algorithm.window_size, algorithm.window_low, algorithm.window_high)
-        actor = Actor(self._policy, temperature=algorithm.temperature, window=window, noise_level=algorithm.noise_level)
+        actor = Actor(self.model, temperature=algorithm.temperature, window=window, noise_level=algorithm.noise_level)
         self.collector = Collector(self.env, actor, trainer.group_size, shared_noise=algorithm.shared_noise)
         self.loss = build_loss(algorithm, self.model, self.reference, self.variant)
-        self.experts = cast(dict[str, list[nn.Parameter]], cast(Any, self.model).parameter_lists())
+        self.experts = self.model.parameter_lists()
         weights = {"text": algorithm.text_weight, "image": algorithm.image_weight}
         for expert, parameters in self.experts.items():
             for parameter in parameters:
@@ -129,10 +129,6 @@ class Trainer:
         )
         below_float32 = config.model.dtype != "float32"
         self.recompute = (algorithm.old_log_prob or ("recompute" if below_float32 else "rollout")) == "recompute"
-
-    @property
-    def _policy(self) -> Any:
-        return self.model
 
     def iterate(self) -> dict[str, float]:
         """One round of collecting and updating; returns `METRICS`.
@@ -179,9 +175,9 @@ class Trainer:
     @torch.no_grad()
     def _recompute(self, episodes: TensorDict) -> None:
         """Old log-probs and means by the training forward, where the rollout's differ by more than the clip range allows."""
-        for groups in episodes.split(self.buffer.batch_size, 0):  # type: ignore[arg-type]
+        for groups in episodes.split(self.buffer.batch_size, 0):
             flat = groups.flatten(0, 1)
-            old = replay(self._policy, flat, self.loss.legal_tokens, temperature=self.loss.temperature)
+            old = replay(self.model, flat, self.loss.legal_tokens, temperature=self.loss.temperature)
             groups["log_prob"].copy_((old.log_prob * flat["chosen_mask"]).view_as(groups["log_prob"]))
             means, _ = window_means(flat, old.velocity, self.loss.noise_level)
             groups["window_means"].copy_(means.view_as(groups["window_means"]))
@@ -217,7 +213,7 @@ class Trainer:
         settings = self.config.evaluation
         variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
         return evaluate(
-            self._policy,
+            self.model,
             variant,
             self.held_out(),
             temperature=0.0 if greedy else self.config.algorithm.temperature,

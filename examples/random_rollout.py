@@ -1,6 +1,6 @@
 """One episode by random legal actions, from prompt to reward.
 
-    python examples/random_rollout.py
+python examples/random_rollout.py
 """
 
 import gymnasium as gym

@@ -73,7 +73,9 @@ def read(images: Tensor) -> Tensor:
         ValueError: another shape of picture.
     """
     if images.ndim != 4 or images.shape[1:] != (3, SIDE, SIDE):
-        raise ValueError(f"expected pictures of shape [N, 3, {SIDE}, {SIDE}], got {list(images.shape)}; the shapes verifier reads no others")
+        raise ValueError(
+            f"expected pictures of shape [N, 3, {SIDE}, {SIDE}], got {list(images.shape)}; the shapes verifier reads no others"
+        )
     cells = images.float().cpu().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     distance = torch.cdist(cells.flatten(2), templates().flatten(1)[None]) / (3 * CELL * CELL) ** 0.5
     nearest = distance.min(-1)

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def example(name, *arguments):
-    done = subprocess.run([sys.executable, f"examples/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,7 +57,9 @@ def test_train_evaluate_resume(tmp_path, capsys):
     assert main(["train", "trainer.iterations=2", f"output.folder={folder}", *small]) == 0
     assert main(["train", "--resume", str(folder), "trainer.iterations=3"]) == 0
     assert json.loads((folder / "summary.json").read_text())["iterations"] == 3
-    assert main(["evaluate", "evaluation.prompts=8", f"model.name={folder}/checkpoints/000003/model", "--out", str(tmp_path / "e.json")]) == 0
+    assert (
+        main(["evaluate", "evaluation.prompts=8", f"model.name={folder}/checkpoints/000003/model", "--out", str(tmp_path / "e.json")]) == 0
+    )
     assert set(json.loads((tmp_path / "e.json").read_text())) == {"sampled", "greedy"}
 
 

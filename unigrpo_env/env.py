@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -66,9 +66,11 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     v0: first release.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8}
 
-    def __init__(self, variant: str | Variant = "text_to_image", *, reward: Any = None, render_mode: str | None = None, **arguments: Any) -> None:
+    def __init__(
+        self, variant: str | Variant = "text_to_image", *, reward: Any = None, render_mode: str | None = None, **arguments: Any
+    ) -> None:
         if render_mode not in (None, "rgb_array"):
             raise ValueError(f"expected render_mode 'rgb_array' or None, got {render_mode!r}")
         self.render_mode = render_mode
@@ -119,7 +121,10 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     def _observation(self) -> Observation:
         row = {name: value[0].numpy() for name, value in self.episodes.observe().items()}
         row["legal_tokens"] = row["legal_tokens"].astype(np.int8)
-        return {name: value.copy() if value.ndim else np.asarray(value).astype(value.dtype)[()] if name not in ("t", "next_t") else value.copy() for name, value in row.items()}
+        return {
+            name: value.copy() if value.ndim else np.asarray(value).astype(value.dtype)[()] if name not in ("t", "next_t") else value.copy()
+            for name, value in row.items()
+        }
 
     def _info(self) -> dict[str, Any]:
         prompt = self.episodes.prompts[0]

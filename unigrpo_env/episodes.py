@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
@@ -22,8 +23,8 @@ class Tokenizer(Protocol):
     bos_token_id: int
     eos_token_id: int
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> Any: ...
 
 
 class Decoder(Protocol):
@@ -130,7 +131,9 @@ class Episodes:
         if len(rows):
             scores = self.reward(self.finished(rows.tolist()))
             reward[rows] = scores.reward
-            components = {name: reward.new_full(reward.shape, torch.nan).index_put((rows,), values) for name, values in scores.components.items()}
+            components = {
+                name: reward.new_full(reward.shape, torch.nan).index_put((rows,), values) for name, values in scores.components.items()
+            }
         return StepResult(reward, ended, components)
 
     def finished(self, rows: Sequence[int]) -> EpisodeBatch:
@@ -169,14 +172,14 @@ class Episodes:
         return spaces.Dict(
             {
                 "phase": spaces.Discrete(3),
-                "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype="int64"),
+                "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype=np.int64),
                 "num_tokens": spaces.Discrete(rules.max_tokens + 1),
                 "prompt_length": spaces.Discrete(rules.prompt_budget + 1),
                 "legal_tokens": spaces.MultiBinary(rules.vocab_size),
-                "latent": spaces.Box(-float("inf"), float("inf"), rules.latent_shape, dtype="float32"),
+                "latent": spaces.Box(-float("inf"), float("inf"), rules.latent_shape, dtype=np.float32),
                 "step": spaces.Discrete(rules.image_steps + 1),
-                "t": spaces.Box(0.0, 1.0, (), dtype="float32"),
-                "next_t": spaces.Box(0.0, 1.0, (), dtype="float32"),
+                "t": spaces.Box(0.0, 1.0, (), dtype=np.float32),
+                "next_t": spaces.Box(0.0, 1.0, (), dtype=np.float32),
             }
         )
 
@@ -185,6 +188,6 @@ class Episodes:
         return spaces.Dict(
             {
                 "token": spaces.Discrete(self.rules.vocab_size),
-                "latent": spaces.Box(-float("inf"), float("inf"), self.rules.latent_shape, dtype="float32"),
+                "latent": spaces.Box(-float("inf"), float("inf"), self.rules.latent_shape, dtype=np.float32),
             }
         )

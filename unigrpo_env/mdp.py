@@ -217,7 +217,9 @@ def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tenso
         if tuple(value.shape) != shape:
             raise ValueError(f"expected action[{name!r}] of shape {list(shape)}, got {list(value.shape)}; keep to env.action_space")
         if value.is_floating_point() == integral or value.dtype == torch.bool:
-            raise TypeError(f"expected action[{name!r}] of {'an integer' if integral else 'a floating'} dtype, got {value.dtype}; keep to env.action_space")
+            raise TypeError(
+                f"expected action[{name!r}] of {'an integer' if integral else 'a floating'} dtype, got {value.dtype}; keep to env.action_space"
+            )
     if active.shape != (rows,) or active.dtype != torch.bool:
         raise ValueError(f"expected active of shape [{rows}] and dtype bool, got {list(active.shape)} and {active.dtype}")
     if (active & (state.phase == Phase.DONE)).any():
@@ -230,4 +232,6 @@ def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tenso
             raise ValueError(f"expected tokens in [0, {rules.vocab_size}), got {chosen.tolist()}")
     image = active & (state.phase == Phase.IMAGE)
     if image.any() and not latent[image].isfinite().all():
-        raise ValueError("expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate")
+        raise ValueError(
+            "expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate"
+        )

@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from unigrpo_env.episodes import Episodes
 from unigrpo_env.mdp import Phase
@@ -14,16 +15,18 @@ SIDE, WORDS_WIDTH, MARGIN = 240, 320, 16
 INK, FAINT, PAPER, ACCENT = (34, 34, 40), (120, 120, 130), (250, 250, 248), (205, 90, 40)
 
 
-def to_pixels(image) -> np.ndarray:
+def to_pixels(image: Tensor) -> np.ndarray:
     """A picture `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
     return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def enlarge(image, side: int) -> Image.Image:
+def enlarge(image: Tensor, side: int) -> Image.Image:
     """A picture as a PIL image whose longer side has `side` pixels, in hard squares when it grows."""
     small = Image.fromarray(to_pixels(image))
     factor = side / max(small.size)
-    return small.resize((round(small.width * factor), round(small.height * factor)), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+    return small.resize(
+        (round(small.width * factor), round(small.height * factor)), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+    )
 
 
 def render_frame(episodes: Episodes, row: int) -> np.ndarray:
@@ -39,7 +42,11 @@ def render_frame(episodes: Episodes, row: int) -> np.ndarray:
     left, y = SIDE + 2 * MARGIN, MARGIN
     t = float(episodes.times[state.step[row]])
     status = {Phase.TEXT: "thinking", Phase.IMAGE: f"drawing   t = {t:.2f}", Phase.DONE: "done"}[phase]
-    for text, size, ink, lines in ((prompt.text if prompt else "", 16, INK, 3), (status, 13, ACCENT, 1), (episodes.text(row), 14, FAINT, 8)):
+    for text, size, ink, lines in (
+        (prompt.text if prompt else "", 16, INK, 3),
+        (status, 13, ACCENT, 1),
+        (episodes.text(row), 14, FAINT, 8),
+    ):
         for line in textwrap.wrap(text, width=round(WORDS_WIDTH / (0.52 * size)))[:lines]:
             pen.text((left, y), line, fill=ink, font=ImageFont.load_default(size))
             y += size + 6

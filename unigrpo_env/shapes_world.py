@@ -42,14 +42,29 @@ Layout = list[int]
 @cache
 def shapes_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, made on the spot from the world's vocabulary."""
-    text = [*NUMBERS, *PLACES, *COLOURS, *SHAPES, *(shape + "s" for shape in SHAPES if shape != "cross"), "crosses", *OPENINGS, *RELATIONS, *FACTS]
+    text = [
+        *NUMBERS,
+        *PLACES,
+        *COLOURS,
+        *SHAPES,
+        *(shape + "s" for shape in SHAPES if shape != "cross"),
+        "crosses",
+        *OPENINGS,
+        *RELATIONS,
+        *FACTS,
+    ]
     words = dict.fromkeys(word for phrase in text for word in phrase.split())
     words |= dict.fromkeys(["and", "plus", "minus", "as", "many", ":", ","])
     vocabulary = {word: index for index, word in enumerate([*MARKS, *words])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>", "</image>"]
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "</image>"],
     )
 
 
@@ -96,9 +111,24 @@ def make_prompt(kind: str, rng: random.Random) -> Prompt:
         count = rng.choice([2, 3, 4])
         text, objects = f"{NUMBERS[count]} {_many(maybe, shape)}", [{"count": count, "colour": maybe, "shape": shape}]
     elif kind == "sum":
-        first, sign, second = rng.choice([(1, "plus", 1), (1, "plus", 2), (2, "plus", 1), (2, "plus", 2), (3, "plus", 1), (1, "plus", 3), (4, "minus", 1), (4, "minus", 2), (3, "minus", 1)])
+        first, sign, second = rng.choice(
+            [
+                (1, "plus", 1),
+                (1, "plus", 2),
+                (2, "plus", 1),
+                (2, "plus", 2),
+                (3, "plus", 1),
+                (1, "plus", 3),
+                (4, "minus", 1),
+                (4, "minus", 2),
+                (3, "minus", 1),
+            ]
+        )
         count = first + second if sign == "plus" else first - second
-        text, objects = f"{NUMBERS[first]} {sign} {NUMBERS[second]} {_many(maybe, shape)}", [{"count": count, "colour": maybe, "shape": shape}]
+        text, objects = (
+            f"{NUMBERS[first]} {sign} {NUMBERS[second]} {_many(maybe, shape)}",
+            [{"count": count, "colour": maybe, "shape": shape}],
+        )
         extra["operand"] = first if sign == "plus" else second
     elif kind == "corners":
         fact = rng.choice(list(FACTS))
@@ -169,7 +199,8 @@ def misdraw(plan: Plan, rng: random.Random, image_habit: float, slip: float) -> 
     """The layout that a careless hand paints for a plan: crosses as squares, purple as blue; now and then an object is left out."""
     cross, purple, forget = rng.random() < image_habit, rng.random() < image_habit, rng.random() < slip
     objects = [
-        ("blue" if purple and colour == "purple" else colour, "square" if cross and shape == "cross" else shape, place) for colour, shape, place in plan.objects
+        ("blue" if purple and colour == "purple" else colour, "square" if cross and shape == "cross" else shape, place)
+        for colour, shape, place in plan.objects
     ]
     if forget:
         objects.pop(rng.randrange(len(objects)))

@@ -47,7 +47,8 @@ def text_to_image(
 ) -> Variant:
     """Think, then draw one picture, in the shapes world: 24 x 24 pixels, 36 latent tokens of 4 x 4 RGB values."""
     tokenizer = shapes_tokenizer()
-    unused = tokenizer.convert_tokens_to_ids(["<pad>", "<bos>", "<unk>", "<image>", "</image>"])
+    vocabulary = tokenizer.get_vocab()
+    unused = [vocabulary[mark] for mark in ("<pad>", "<bos>", "<unk>", "<image>", "</image>")]
     rules = Rules(
         vocab_size=64,
         prompt_budget=prompt_budget,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -29,7 +29,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         device: where state and observations live.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 8, "autoreset_mode": AutoresetMode.DISABLED}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8, "autoreset_mode": AutoresetMode.DISABLED}
 
     def __init__(
         self,
@@ -70,7 +70,11 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             seeds = [seed + row for row in range(self.num_envs)] if isinstance(seed, int) else [int(s) for s in seed]
         mask = torch.as_tensor(options.get("reset_mask", [True] * self.num_envs))
         prompts = options.get("prompts")
-        for name, length in (("seed", len(seeds)), ("reset_mask", len(mask)), ("prompts", len(prompts) if prompts is not None else self.num_envs)):
+        for name, length in (
+            ("seed", len(seeds)),
+            ("reset_mask", len(mask)),
+            ("prompts", len(prompts) if prompts is not None else self.num_envs),
+        ):
             if length != self.num_envs:
                 raise ValueError(f"expected {name} of {self.num_envs} entries, one a row, got {length}")
         rows = mask.nonzero()[:, 0].tolist()
@@ -79,7 +83,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         self.episodes.reset(rows, chosen, [seeds[row] for row in rows])
         return self._observation(), self._info()
 
-    def step(  # type: ignore[override]
+    def step(
         self, actions: dict[str, Tensor], active: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
         """One step of every active row.

@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from agents.models.bagel import Bagel, BagelConfig
 from agents.models.files import read_config
+from agents.models.seam import UnifiedModel
 from agents.models.toy import ToyConfig, ToyModel
 from rewards.registry import Registry, closest
 
 TINY = Path(__file__).parent / "tiny"
 """The shipped weights: a BAGEL of under a million parameters for the shapes world."""
 
-CLASSES: dict[str, Any] = {"Bagel": Bagel, "ToyModel": ToyModel}
-MODELS: Registry[Callable[[], nn.Module]] = Registry("model", entry_point_group="unigrpo.models")
+CLASSES: dict[str, type[UnifiedModel[Any]]] = {"Bagel": Bagel, "ToyModel": ToyModel}
+MODELS: Registry[Callable[[], UnifiedModel[Any]]] = Registry("model", entry_point_group="unigrpo.models")
 MODELS.add("tiny", lambda: Bagel.from_pretrained(TINY))
 MODELS.add("toy", lambda: ToyModel())
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> UnifiedModel[Any]:
     """A registered model, or a folder written by `save_pretrained`.
 
     Args:
@@ -46,4 +46,4 @@ def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> nn.
     return model.to(device=device, dtype=getattr(torch, dtype))
 
 
-__all__ = ["MODELS", "TINY", "Bagel", "BagelConfig", "ToyConfig", "ToyModel", "load_model"]
+__all__ = ["MODELS", "TINY", "Bagel", "BagelConfig", "ToyConfig", "ToyModel", "UnifiedModel", "load_model"]

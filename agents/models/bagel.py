@@ -22,7 +22,7 @@ from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
 from agents.models.context import KeyValueContext
-from agents.models.files import Saveable
+from agents.models.seam import UnifiedModel
 
 UNDERSTANDING, GENERATION = "", "_moe_gen"
 """The two experts, as the suffix of their weights' names."""
@@ -94,13 +94,12 @@ class Attention(nn.Module):
 
     def project(self, hidden: Tensor, expert: str) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of one expert's tokens, `[N, heads, T, head_dim]`, before rotation."""
-        part = self._modules
-        query, key, value = (part[f"{name}_proj{expert}"](hidden).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
-        query, key = part[f"q_norm{expert}"](query), part[f"k_norm{expert}"](key)
+        query, key, value = (getattr(self, f"{name}_proj{expert}")(hidden).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+        query, key = getattr(self, f"q_norm{expert}")(query), getattr(self, f"k_norm{expert}")(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def output(self, mixed: Tensor, expert: str) -> Tensor:
-        return self._modules[f"o_proj{expert}"](mixed)
+        return getattr(self, f"o_proj{expert}")(mixed)
 
 
 class Layer(nn.Module):
@@ -117,8 +116,7 @@ class Layer(nn.Module):
     def forward(
         self, streams: dict[str, Tensor], rotary: tuple[Tensor, Tensor], mask: Tensor, context: KeyValueContext, index: int
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        part = self._modules
-        projected = [self.self_attn.project(part[f"input_layernorm{e}"](h), e) for e, h in streams.items()]
+        projected = [self.self_attn.project(getattr(self, f"input_layernorm{e}")(h), e) for e, h in streams.items()]
         query, key, value = (parts[0] if len(parts) == 1 else torch.cat(parts, 2) for parts in zip(*projected, strict=True))
         query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=1)
         keys, values = context.attend(index, key, value)
@@ -128,21 +126,28 @@ class Layer(nn.Module):
         for expert, hidden in streams.items():
             end = at + hidden.shape[1]
             hidden = hidden + self.self_attn.output(mixed[:, at:end], expert)
-            out[expert] = hidden + part[f"mlp{expert}"](part[f"post_attention_layernorm{expert}"](hidden))
+            out[expert] = hidden + getattr(self, f"mlp{expert}")(getattr(self, f"post_attention_layernorm{expert}")(hidden))
             at = end
         return out, keys, values
 
 
-class LanguageModel(nn.Module):
-    """Embedding, layers, final norms and head, nested as the release's weight names want them."""
+class Trunk(nn.Module):
+    """Embedding, layers and the two final norms."""
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
-        self.model = nn.Module()
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        for expert in (UNDERSTANDING, GENERATION):
-            self.model.add_module(f"norm{expert}", nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_moe_gen = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class LanguageModel(nn.Module):
+    """The trunk and its head, nested as the release's weight names want them."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
@@ -156,7 +161,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         waves = get_timestep_embedding(t, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
 
 
 class PositionTable(nn.Module):
@@ -168,10 +173,12 @@ class PositionTable(nn.Module):
         self.pos_embed = nn.Parameter(table.float(), requires_grad=False)
 
 
-class Bagel(nn.Module, Saveable[BagelConfig]):
+class Bagel(UnifiedModel[KeyValueContext]):
     """The unified model: reads text, gives velocities. See `agents.models.seam.UnifiedModel` for the four verbs."""
 
     config_class = BagelConfig
+    places: Tensor
+    markers: Tensor
 
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
@@ -271,4 +278,3 @@ class Bagel(nn.Module, Saveable[BagelConfig]):
             keys.append(key)
             values.append(value)
         return streams, keys, values
-

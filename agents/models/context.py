@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class KeyValueContext:
     def detach(self) -> KeyValueContext:
         return self._map(lambda tensor: tensor.detach())
 
-    def _map(self, change) -> KeyValueContext:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> KeyValueContext:
         used = slice(0, self.size)
         keys = [change(key[:, :, used]) for key in self.keys]
         values = [change(value[:, :, used]) for value in self.values]

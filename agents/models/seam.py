@@ -9,10 +9,14 @@ Conventions said here once: flow time t = 1 is noise and t = 0 is the image; a v
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+import dataclasses
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
-import torch
 from torch import Tensor, nn
+
+from agents.models.files import CONFIG, WEIGHTS, load_weights, read_config, read_tensors, write_json, write_tensors
 
 
 class Context(Protocol):
@@ -31,13 +35,26 @@ class Context(Protocol):
         """The same context, cut from the autograd graph."""
 
 
-class UnifiedModel(Protocol):
-    """A model that writes and draws. Reading an image back in (a fifth method, `read_image`) comes with multi-round tasks."""
+ContextT = TypeVar("ContextT", bound=Context)
 
-    def start(self, batch_size: int) -> Context:
+
+class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
+    """A model that writes and draws. Reading an image back in (a fifth method, `read_image`) comes with multi-round tasks.
+
+    Attributes:
+        config_class: the frozen dataclass that a model is built from.
+        config: the one it was built from.
+    """
+
+    config_class: ClassVar[type]
+    config: Any
+
+    @abstractmethod
+    def start(self, batch_size: int) -> ContextT:
         """An empty context of `batch_size` rows."""
 
-    def read_text(self, context: Context, ids: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> tuple[Tensor, Context]:
+    @abstractmethod
+    def read_text(self, context: ContextT, ids: Tensor, mask: Tensor | None = None, *, last_only: bool = False) -> tuple[Tensor, ContextT]:
         """Read text after `context`.
 
         Args:
@@ -51,7 +68,8 @@ class UnifiedModel(Protocol):
             grow the given context in place; use the returned one.
         """
 
-    def velocity(self, context: Context, x: Tensor, t: Tensor) -> Tensor:
+    @abstractmethod
+    def velocity(self, context: ContextT, x: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t) of the image being drawn after `context`, which stays as it is: noise is never remembered.
 
         Args:
@@ -63,10 +81,31 @@ class UnifiedModel(Protocol):
             `[N, L, C]` float32.
         """
 
+    @abstractmethod
     def parameter_lists(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by expert, `{"text": [...], "image": [...]}`: what a learning rate or a freeze applies to."""
 
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config and weights to `folder` (made if need be); returns it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.state_dict(), folder / WEIGHTS)
+        write_json({"model": type(self).__name__} | dataclasses.asdict(self.config), folder / CONFIG)
+        return folder
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter."""
-    return next(model.parameters()).device
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a file is missing or damaged, the config is another model's, or the weights do not fit it.
+        """
+        folder = Path(folder)
+        fields = read_config(folder)
+        name = fields.pop("model", cls.__name__)
+        foreign = sorted(fields.keys() - {field.name for field in dataclasses.fields(cls.config_class)})
+        if name != cls.__name__ or foreign:
+            raise ValueError(f"{folder / CONFIG} describes {name!r} with unknown keys {foreign}; expected the config of a {cls.__name__}")
+        model = cls(cls.config_class(**fields))
+        load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+        return model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agents.models.files import Saveable
+from agents.models.seam import UnifiedModel
 
 
 def gaussian_velocity(x: Tensor, t: Tensor, mean: Tensor, spread: float) -> Tensor:
@@ -58,7 +58,7 @@ class ToyConfig:
     spread: float = 0.25
 
 
-class ToyModel(nn.Module, Saveable[ToyConfig]):
+class ToyModel(UnifiedModel[ToyContext]):
     """Two tables, at zero when new: any token is as likely as any other, pictures are middle grey."""
 
     config_class = ToyConfig

@@ -15,7 +15,10 @@ from unigrpo_env.tasks import Prompt
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
-PROMPTS = [Prompt("a circle", {"objects": [{"count": 1, "colour": None, "shape": "circle"}]}), Prompt("two plus one green squares", {"objects": [{"count": 3, "colour": "green", "shape": "square"}]})]
+PROMPTS = [
+    Prompt("a circle", {"objects": [{"count": 1, "colour": None, "shape": "circle"}]}),
+    Prompt("two plus one green squares", {"objects": [{"count": 3, "colour": "green", "shape": "square"}]}),
+]
 
 
 def random_reward(episodes):
@@ -117,7 +120,9 @@ def test_micro_batches_do_not_change_the_update(small_bagel, parts):
 
 def test_order_does_not_change_the_update(small_bagel):
     batch = with_advantage(collect(small_bagel))
-    torch.testing.assert_close(gradients(small_bagel, [batch[torch.tensor([5, 2, 0, 1, 4, 3])]]), gradients(small_bagel, [batch]), atol=2e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        gradients(small_bagel, [batch[torch.tensor([5, 2, 0, 1, 4, 3])]]), gradients(small_bagel, [batch]), atol=2e-6, rtol=1e-4
+    )
 
 
 def test_padding_does_not_change_the_update(small_bagel):
@@ -149,7 +154,9 @@ def test_prompts_are_read_once_a_group(small_bagel, monkeypatch):
     batch = with_advantage(collect(small_bagel))
     rows = []
     original = type(small_bagel).read_text
-    monkeypatch.setattr(type(small_bagel), "read_text", lambda self, context, ids, *a, **k: rows.append(len(ids)) or original(self, context, ids, *a, **k))
+    monkeypatch.setattr(
+        type(small_bagel), "read_text", lambda self, context, ids, *a, **k: rows.append(len(ids)) or original(self, context, ids, *a, **k)
+    )
     replay(small_bagel, batch, make_variant("text_to_image").rules.legal_tokens())
     assert rows == [2, 6]
 

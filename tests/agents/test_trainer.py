@@ -83,7 +83,14 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(small_bagel, tmp_path, ki
     if kind == "toy":
         make = lambda folder: toy_trainer(folder, *overrides)  # noqa: E731
     else:
-        settings = ["trainer.groups=2", "trainer.group_size=4", "env.text_budget=4", "env.image_steps=6", "env.reward=mean_red", "evaluation.prompts=2"]
+        settings = [
+            "trainer.groups=2",
+            "trainer.group_size=4",
+            "env.text_budget=4",
+            "env.image_steps=6",
+            "env.reward=mean_red",
+            "evaluation.prompts=2",
+        ]
         make = lambda folder: Trainer(load_config("unigrpo", [*overrides, *settings, f"output.folder={folder}"]), small_bagel)  # noqa: E731
         small_bagel.save_pretrained(tmp_path / "start")
     whole = make(tmp_path / "whole")
@@ -171,7 +178,9 @@ def test_summary_report_and_metrics(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 16
     assert "<svg" in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
     assert set(read_metrics(tmp_path)[0]) == {"iteration", *METRICS}
     assert (tmp_path / "samples" / "000002.png").is_file()
     assert list((tmp_path / "tensorboard").iterdir())
@@ -194,7 +203,9 @@ def test_a_few_unscored_episodes_are_left_out_and_counted(tmp_path):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("overrides", [["env.reward=all_nan", "trainer.max_unscored=1.0"], ["env.reward=some_nan", "trainer.max_unscored=0.1"]])
+@pytest.mark.parametrize(
+    "overrides", [["env.reward=all_nan", "trainer.max_unscored=1.0"], ["env.reward=some_nan", "trainer.max_unscored=0.1"]]
+)
 def test_too_many_unscored_episodes_stop_the_run(tmp_path, overrides):
     trainer = toy_trainer(tmp_path, *overrides)
     before = weights_of(trainer)

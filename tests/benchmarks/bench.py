@@ -45,7 +45,12 @@ def ratio(one: Callable[[], object], other: Callable[[], object], pairs: int) ->
         for place, function in enumerate((one, other, one)):
             times[place].append(timed(function))
     first, second, again = map(min, times)
-    return {"ratio": round(min(first, again) / second, 4), "a_a": round(first / again, 4), "seconds": round(min(first, again), 4), "bare_seconds": round(second, 4)}
+    return {
+        "ratio": round(min(first, again) / second, 4),
+        "a_a": round(first / again, 4),
+        "seconds": round(min(first, again), 4),
+        "bare_seconds": round(second, 4),
+    }
 
 
 class Bare:
@@ -237,7 +242,12 @@ def main() -> None:
         print(json.dumps({**figure, "threads": torch.get_num_threads()}), flush=True)
 
     if "a" in args.only:
-        report(figure="a", name="collecting / bare loop", limit=1.03, **ratio(lambda: trainer.collector.collect(bare.prompts, seed), bare.collect, args.pairs))
+        report(
+            figure="a",
+            name="collecting / bare loop",
+            limit=1.03,
+            **ratio(lambda: trainer.collector.collect(bare.prompts, seed), bare.collect, args.pairs),
+        )
     if "b" in args.only:
 
         def iterate() -> None:

@@ -87,7 +87,9 @@ def test_a_prompt_beyond_the_budget_changes_no_row():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [("p.txt", "\n \n", "empty"), ("p.jsonl", '{"text": 1}\n', "line 1"), ("p.jsonl", "circle\n", "line 1")])
+@pytest.mark.parametrize(
+    ("name", "text", "message"), [("p.txt", "\n \n", "empty"), ("p.jsonl", '{"text": 1}\n', "line 1"), ("p.jsonl", "circle\n", "line 1")]
+)
 def test_prompt_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):

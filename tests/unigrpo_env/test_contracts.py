@@ -65,7 +65,10 @@ def test_frames_show_the_picture_and_the_words():
     env.reset(seed=0)
     thinking = env.render()
     while True:
-        observation, *_, = env.step(env.action_space.sample())
+        (
+            observation,
+            *_,
+        ) = env.step(env.action_space.sample())
         if observation["phase"] == 1:
             break
     drawing = env.render()

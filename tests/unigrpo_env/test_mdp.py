@@ -11,7 +11,15 @@ from unigrpo_env.flow_time import time_grid
 from unigrpo_env.mdp import EpisodeState, Phase, Rules, transition
 
 RULES = Rules(
-    vocab_size=8, prompt_budget=4, text_budget=3, image_steps=2, latent_shape=(2, 3), open_image_id=2, end_id=5, forbidden_ids=(0, 1), time_shift=1.0
+    vocab_size=8,
+    prompt_budget=4,
+    text_budget=3,
+    image_steps=2,
+    latent_shape=(2, 3),
+    open_image_id=2,
+    end_id=5,
+    forbidden_ids=(0, 1),
+    time_shift=1.0,
 )
 
 

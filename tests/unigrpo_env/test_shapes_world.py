@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.shapes import GRID, KINDS, UNREADABLE, draw, judge, read, shapes
 from rewards.registry import EpisodeBatch
+from rewards.shapes import GRID, KINDS, UNREADABLE, draw, judge, read, shapes
 from unigrpo_env.decoders import PixelDecoder
 from unigrpo_env.shapes_world import PROMPT_KINDS, ShapesTask, is_held_out, make_plan, make_prompt, shapes_tokenizer
 
@@ -54,7 +54,9 @@ def test_relations():
     red, blue = 1 + KINDS.index(("red", "circle")), 1 + KINDS.index(("blue", "square"))
     layout = [0] * 9
     layout[0], layout[GRID + 1] = red, blue
-    met = {relation: judge(layout, {"objects": wanted, "relation": relation}).strict for relation in ("left of", "right of", "above", "below")}
+    met = {
+        relation: judge(layout, {"objects": wanted, "relation": relation}).strict for relation in ("left of", "right of", "above", "below")
+    }
     assert met == {"left of": 1, "right of": 0, "above": 1, "below": 0}
 
 
