@@ -51,7 +51,7 @@ class AlgorithmSettings:
 
     text_weight: float = setting(1.0, "weight of the text objective (2); 0 freezes the text expert")
     image_weight: float = setting(1.0, "weight of the image objective (6), lambda; 0 freezes the image expert")
-    velocity_weight: float = setting(1.5e-5, "weight of the velocity penalty (8)")
+    velocity_weight: float = setting(1e-3, "weight of the velocity penalty (8)")
     text_clip: float = setting(0.2, "clip range of the token ratio")
     image_clip: float = setting(1e-4, "clip range of the latent ratio; scales with 1 / sqrt(latent values)")
     ratio: str = setting("norm", "latent ratio: norm (equation 5) or plain (equation 4)")
@@ -69,8 +69,8 @@ class AlgorithmSettings:
 class OptimizerSettings:
     """AdamW, one learning rate an expert."""
 
-    text_lr: float = setting(2e-4, "learning rate of the text (understanding) expert")
-    image_lr: float = setting(3e-4, "learning rate of the image (generation) expert")
+    text_lr: float = setting(3e-4, "learning rate of the text (understanding) expert")
+    image_lr: float = setting(2e-4, "learning rate of the image (generation) expert")
     warmup: int = setting(5, "iterations in which both rise from zero")
     decay: float = setting(0.1, "share of the learning rates that is left at the last iteration (linear fall)")
     beta1: float = setting(0.9, "decay of the first moment")

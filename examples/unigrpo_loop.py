@@ -25,7 +25,7 @@ parser.add_argument("--held-out", type=int, default=128, help="prompts to measur
 args = parser.parse_args()
 
 B, G, W, A = 8, 8, 3, 0.8  # prompts, members of a group, stochastic steps, noise level
-TEXT_CLIP, IMAGE_CLIP, MSE_WEIGHT = 0.2, 1e-4, 1.5e-5
+TEXT_CLIP, IMAGE_CLIP, MSE_WEIGHT = 0.2, 1e-4, 1e-3
 N = B * G
 torch.manual_seed(0)
 
@@ -34,7 +34,7 @@ model = load_model("tiny")
 reference = copy.deepcopy(model).requires_grad_(False)  # v_ref of equation (8)
 experts = model.parameter_lists()
 optimizer = torch.optim.AdamW(
-    [{"params": experts["text"], "lr": 2e-4}, {"params": experts["image"], "lr": 3e-4}], betas=(0.9, 0.99), eps=1e-12, weight_decay=0
+    [{"params": experts["text"], "lr": 3e-4}, {"params": experts["image"], "lr": 2e-4}], betas=(0.9, 0.99), eps=1e-12, weight_decay=0
 )
 
 # N episodes side by side; observations are views of the state, so we read them before the next step.

@@ -1,5 +1,8 @@
 """Bad input ends in an error that says what was expected, and changes nothing."""
 
+import dataclasses
+import math
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import unigrpo_env  # noqa: F401
 from rewards import EpisodeBatch
 from unigrpo_env.env import InterleavedGenEnv
 from unigrpo_env.tasks import PromptFile
+from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
 
@@ -137,3 +141,13 @@ def test_unscorable_is_not_zero(bad):
     assert reward[1].isnan()
     assert infos["unscored"].tolist() == [False, True, False]
     assert terminated.all()
+
+
+def test_leaving_without_a_picture_gets_the_lowest_reward_and_never_nan():
+    variant = make_variant("text_to_image", reward=lambda episodes: [math.nan] * len(episodes))
+    env = InterleavedGenEnv(dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=10)))
+    env.reset(seed=0)
+    _, reward, terminated, _, info = env.step(action(env))
+    assert terminated
+    assert reward == 0.0
+    assert not info["unscored"]
