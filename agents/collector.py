@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,35 @@ from agents.actor import Actor, Decision
 from unigrpo_env.mdp import Phase
 from unigrpo_env.tasks import Prompt
 from unigrpo_env.vector import InterleavedGenVectorEnv
+
+
+def play(
+    env: InterleavedGenVectorEnv,
+    actor: Actor,
+    observation: dict[str, Tensor],
+    watch: Callable[[dict[str, Tensor], Decision], None] = lambda observation, decision: None,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Play all rows to their end.
+
+    Args:
+        env: reset, with `observation` its first.
+        actor: the policy.
+        watch: called with each observation and decision before the step.
+
+    Returns:
+        The last observation, the reward `[N]` (NaN: unscored) and its named parts.
+    """
+    reward = torch.zeros(env.num_envs)
+    components: dict[str, Tensor] = {}
+    while (observation["phase"] != Phase.DONE).any():
+        decision = actor.act(observation)
+        watch(observation, decision)
+        observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
+        reward += paid
+        for name, values in infos.get("components", {}).items():
+            known = components.get(name, torch.full_like(values, torch.nan))
+            components[name] = torch.where(infos["ended"].cpu(), values, known)
+    return observation, reward, components
 
 
 class Collector:
@@ -75,16 +105,7 @@ class Collector:
         observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": [p for p in prompts for _ in range(size)]})
         self.actor.start(seeds.tolist(), starts.to(device))
         record = self._empty(observation)
-        reward = torch.zeros(env.num_envs)
-        components: dict[str, Tensor] = {}
-        while (observation["phase"] != Phase.DONE).any():
-            decision = self.actor.act(observation)
-            self._write(record, observation, decision)
-            observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
-            reward += paid
-            for name, values in infos.get("components", {}).items():
-                known = components.setdefault(name, torch.full_like(values, torch.nan))
-                components[name] = torch.where(infos["ended"].cpu(), values, known)
+        observation, reward, components = play(env, self.actor, observation, partial(self._write, record))
         self._finish(record, observation)
         record["reward"], record["seed"] = reward.to(device), torch.as_tensor(seeds, device=device)
         record["group"] = torch.arange(self.groups, device=device).repeat_interleave(size)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from agents.actor import Actor
+from agents.collector import play
 from agents.models.seam import UnifiedModel
 from unigrpo_env.episodes import Variant
-from unigrpo_env.mdp import Phase
 from unigrpo_env.tasks import Prompt
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
@@ -83,15 +83,7 @@ def evaluate(
         seeds = [seed + start + row for row in range(len(batch))]
         observation, _ = env.reset(seed=seeds, options={"prompts": batch})
         actor.start(seeds)
-        reward = torch.zeros(len(batch))
-        components: dict[str, Tensor] = {}
-        while (observation["phase"] != Phase.DONE).any():
-            decision = actor.act(observation)
-            observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
-            reward += paid
-            for name, values in infos.get("components", {}).items():
-                known = components.get(name, torch.full_like(values, torch.nan))
-                components[name] = torch.where(infos["ended"].cpu(), values, known)
+        _, reward, components = play(env, actor, observation)
         parts.append({"texts": env.texts(), "images": env.images().cpu(), "reward": reward, "components": components})
     names = parts[0]["components"]
     return Evaluation(

@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.error import ResetNeeded
+from gymnasium.spaces import Dict, Discrete
 
 from unigrpo_env.episodes import Episodes, Variant
 from unigrpo_env.rendering import render_frame
@@ -75,7 +75,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
             raise ValueError(f"expected render_mode 'rgb_array' or None, got {render_mode!r}")
         self.render_mode = render_mode
         self.episodes = Episodes(make_variant(variant, reward=reward, **arguments), rows=1)
-        self.observation_space = self.episodes.observation_space()
+        self.observation_space: Dict = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -100,8 +100,6 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
             ResetNeeded: before the first reset.
             KeyError, TypeError, ValueError: an action outside the action space, or a step after the end.
         """
-        if self.episodes.prompts[0] is None:
-            raise ResetNeeded("step() before reset(): call env.reset() first")
         token, latent = split_action(action)
         result = self.episodes.step(torch.as_tensor(token)[None], torch.as_tensor(latent)[None], torch.ones(1, dtype=torch.bool))
         info = self._info()
@@ -119,12 +117,9 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
         return render_frame(self.episodes, 0)
 
     def _observation(self) -> Observation:
-        row = {name: value[0].numpy() for name, value in self.episodes.observe().items()}
+        row = {name: value[0].numpy().copy() for name, value in self.episodes.observe().items()}
         row["legal_tokens"] = row["legal_tokens"].astype(np.int8)
-        return {
-            name: value.copy() if value.ndim else np.asarray(value).astype(value.dtype)[()] if name not in ("t", "next_t") else value.copy()
-            for name, value in row.items()
-        }
+        return {name: value[()] if isinstance(self.observation_space[name], Discrete) else value for name, value in row.items()}
 
     def _info(self) -> dict[str, Any]:
         prompt = self.episodes.prompts[0]

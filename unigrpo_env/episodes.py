@@ -85,6 +85,7 @@ class Episodes:
         self.reward = WeightedReward(variant.reward)
         self.state = EpisodeState.empty(rows, self.rules, device)
         self.prompts: list[Prompt | None] = [None] * rows
+        self.begun = False
         self.times = self.rules.times().to(device)
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -109,6 +110,7 @@ class Episodes:
         for prompt in prompts:
             if prompt.text not in encoded:
                 encoded[prompt.text] = self.encode(prompt)
+        self.begun = True
         for row, prompt, seed in zip(rows, prompts, seeds, strict=True):
             self.state.begin(row, self.rules, encoded[prompt.text], seed)
             self.prompts[row] = prompt
@@ -116,7 +118,7 @@ class Episodes:
     def step(self, token: Tensor, latent: Tensor, active: Tensor) -> StepResult:
         """Check the action, advance the active rows, score those that ended, in one call."""
         state = self.state
-        if any(prompt is None for prompt in self.prompts):
+        if not self.begun:
             raise ResetNeeded("step() before reset(): call env.reset() first")
         check_action(state, self.rules, token, latent, active)
         transition(state, self.rules, token, latent, active)

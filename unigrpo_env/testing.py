@@ -70,7 +70,7 @@ class VariantContract:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             check_env(self.make_env(), skip_render_check=True)
-        unexpected = [str(w.message) for w in caught if not any(known in str(w.message) for known in EXPECTED_WARNINGS)]
+        unexpected = {str(w.message) for w in caught if not any(known in str(w.message) for known in EXPECTED_WARNINGS)}
         assert not unexpected, unexpected
 
     def test_same_seed_same_episode(self) -> None:
