@@ -111,7 +111,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from agents.config import load_config
-    from agents.evaluation import Evaluation, evaluate
+    from agents.evaluation import Evaluation
     from agents.models.files import write_json
     from agents.trainer import Trainer
 
@@ -130,11 +130,9 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
         show("sampled", sampled)
         show("greedy", trainer.evaluate(greedy=True))
         for attempt in range(1, args.best_of):
-            config.evaluation.seed += config.evaluation.prompts
-            more = evaluate(trainer.model, trainer.variant, sampled.prompts, seed=config.evaluation.seed)
-            sampled = dataclasses.replace(sampled, reward=sampled.reward.fmax(more.reward))
-            if attempt == args.best_of - 1:
-                show(f"best of {args.best_of}", sampled)
+            sampled = dataclasses.replace(sampled, reward=sampled.reward.fmax(trainer.evaluate(attempt=attempt).reward))
+        if args.best_of > 1:
+            show(f"best of {args.best_of}", sampled)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(figures, Path(args.out))

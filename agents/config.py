@@ -102,7 +102,7 @@ class EvaluationSettings:
     seed: int = setting(1_000_000, "of the episodes' noise")
     reward: str = setting("", "what counts as accuracy; empty: the variant's own reward")
     image_steps: int | None = setting(None, "denoising steps; empty: as in training")
-    every: int = setting(0, "iterations between evaluations in the run; 0: before and after only")
+    every: int = setting(25, "iterations between evaluations in the run; 0: before and after only")
 
 
 @dataclass

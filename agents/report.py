@@ -37,15 +37,19 @@ def picture_data(image: Tensor, side: int = 120) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def curves(rows: Sequence[dict[str, float]], names: Sequence[str], smooth: int = 10) -> str:
-    """Metrics over iterations as one inline SVG; the strong line is a running mean."""
-    figure, axes = pyplot.subplots(2, -(-len(names) // 2), figsize=(11, 5), layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=False):
+def curves(rows: Sequence[dict[str, float]], accuracy: Sequence[tuple[int, float]], names: Sequence[str], smooth: int = 10) -> str:
+    """Held-out accuracy and metrics over iterations as one inline SVG; the strong line is a running mean."""
+    figure, axes = pyplot.subplots(2, -(-(len(names) + 1) // 2), figsize=(11, 5), layout="constrained")
+    axes.flat[0].plot(*zip(*accuracy, strict=True), color="#2a9d4a", marker="o", markersize=4)
+    axes.flat[0].set(title="held-out accuracy", ylim=(0, 1))
+    for axis, name in zip(axes.flat[1:], names, strict=False):
         x, y = [row["iteration"] for row in rows], [row[name] for row in rows]
         means = [sum(y[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(y))]
         axis.plot(x, y, color="#9ab", linewidth=0.8, alpha=0.6)
         axis.plot(x, means, color="#246", linewidth=1.8)
-        axis.set_title(name.replace("_", " "), fontsize=10)
+        axis.set_title(name.replace("_", " "))
+    for axis in axes.flat:
+        axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
@@ -62,7 +66,13 @@ def _side(evaluation: Evaluation, index: int) -> str:
 
 
 def write_report(
-    path: Path, summary: dict[str, Any], rows: Sequence[dict[str, float]], before: Evaluation, after: Evaluation, samples: int
+    path: Path,
+    summary: dict[str, Any],
+    rows: Sequence[dict[str, float]],
+    accuracy: Sequence[tuple[int, float]],
+    before: Evaluation,
+    after: Evaluation,
+    samples: int,
 ) -> None:
     """Write the page.
 
@@ -70,6 +80,7 @@ def write_report(
         path: of the HTML file.
         summary: figures of the run.
         rows: of `metrics.csv`.
+        accuracy: (iteration, held-out accuracy), as far as measured.
         before, after: the same prompts and seeds, played by the first and the last weights.
         samples: pairs of pictures to show, taken evenly from the prompts.
     """
@@ -91,12 +102,12 @@ def write_report(
     meanings = "".join(
         f"<tr><td>{name.replace('_', ' ')}</td><td class=faint>{html.escape(text)}</td></tr>" for name, text in METRICS.items()
     )
-    shown = ["reward", "signal", "entropy", "thought_length", "text_grad_norm", "loss_velocity"]
+    shown = ["reward", "signal", "entropy", "thought_length", "loss_velocity"]
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>UniGRPO run</title><style>{STYLE}</style>'
         f"<h1>Held-out accuracy {before.accuracy:.3f} → {after.accuracy:.3f}</h1>"
         f'<div class="faint">{len(before.prompts)} unseen prompts, sampled text, seed {summary.get("seed")}</div>'
-        f"<h2>Curves</h2>{curves(rows, shown) if rows else ''}"
+        f"<h2>Curves</h2>{curves(rows, accuracy, shown) if rows else ''}"
         f"<h2>Before and after: the same prompts, the same seeds</h2>{pairs}"
         + (f"<h2>By kind of prompt</h2><table><tr><th>kind<th>before<th>after</tr>{by_kind}</table>" if kinds else "")
         + f"<h2>Figures</h2><table>{figures}</table><h2>What the metrics mean</h2><table>{meanings}</table></html>\n"

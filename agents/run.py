@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from agents.models.files import read_tensors, write_json, write_tensors
 from agents.report import contact_sheet, write_report
 from agents.trainer import Trainer
 
-SUMMARY, REPORT = "summary.json", "report.html"
+SUMMARY, REPORT, CURVE = "summary.json", "report.html", "accuracy.json"
 
 
 def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
         raise ValueError(f"{folder} holds a run already; resume it with --resume {folder}, or give another output.folder")
     write_json(trainer.config.to_dict(), folder / "config.json")
     before = _before(trainer, folder, console)
+    curve = _curve(trainer, folder, before["sampled"].accuracy)
     log = RunLog(
         folder, tensorboard=output.tensorboard, wandb=output.wandb, settings=trainer.config.to_dict(), first_iteration=trainer.iteration
     )
@@ -49,6 +51,8 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
                 every = trainer.config.evaluation.every
                 if every and iteration % every == 0 and iteration < total:
                     accuracy = trainer.evaluate().accuracy
+                    curve.append((iteration, accuracy))
+                    write_json(curve, folder / CURVE)
                     log.scalars(iteration, {"accuracy": accuracy})
                     display.show_accuracy(accuracy_now=accuracy)
                 if output.samples_every and iteration % output.samples_every == 0:
@@ -78,8 +82,10 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
         "accuracy_by_kind_after": after["sampled"].by("kind"),
         "threads": torch.get_num_threads(),
     }
+    curve.append((total, after["sampled"].accuracy))
+    write_json(curve, folder / CURVE)
     write_json(summary, folder / SUMMARY)
-    write_report(folder / REPORT, summary, read_metrics(folder), before["sampled"], after["sampled"], output.samples)
+    write_report(folder / REPORT, summary, read_metrics(folder), curve, before["sampled"], after["sampled"], output.samples)
     for name in ("accuracy", "greedy_accuracy"):
         console.print(
             f"{name.replace('_', ' '):>16}  {summary[name + '_before']:.3f} → [bold]{summary[name + '_after']:.3f}[/bold]", highlight=False
@@ -87,6 +93,14 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
     console.print(f"{'training':>16}  {seconds:.0f} s, {summary['episodes']} episodes", highlight=False)
     console.print(f"{'report':>16}  {folder / REPORT}", highlight=False, soft_wrap=True)
     return summary
+
+
+def _curve(trainer: Trainer, folder: Path, accuracy: float) -> list[tuple[int, float]]:
+    """Held-out accuracy by iteration, as far as the run has come."""
+    if trainer.iteration == 0:
+        return [(0, accuracy)]
+    known = json.loads((folder / CURVE).read_text()) if (folder / CURVE).is_file() else []
+    return [(int(iteration), float(value)) for iteration, value in known if iteration <= trainer.iteration] or [(0, accuracy)]
 
 
 def _before(trainer: Trainer, folder: Path, console: Console) -> dict[str, Evaluation]:
@@ -99,8 +113,6 @@ def _before(trainer: Trainer, folder: Path, console: Console) -> dict[str, Evalu
         write_tensors({f"{n}.{part}": getattr(e, part) for n, e in found.items() for part in ("images", "reward")}, place)
         write_json({name: evaluation.texts for name, evaluation in found.items()}, folder / "before.json")
         return found
-    import json
-
     tensors, texts = read_tensors(place), json.loads((folder / "before.json").read_text())
     return {
         name: Evaluation(trainer.held_out(), texts[name], tensors[f"{name}.images"], tensors[f"{name}.reward"], {})

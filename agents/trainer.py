@@ -208,8 +208,8 @@ class Trainer:
         rise = min(1.0, (self.iteration + 1) / max(optimizer.warmup, 1))
         return rise * (1 - (1 - optimizer.decay) * self.iteration / total)
 
-    def evaluate(self, *, greedy: bool = False) -> Evaluation:
-        """The model on the held-out split."""
+    def evaluate(self, *, greedy: bool = False, attempt: int = 0) -> Evaluation:
+        """The model on the held-out split; every `attempt` draws other noise."""
         settings = self.config.evaluation
         variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
         return evaluate(
@@ -218,7 +218,7 @@ class Trainer:
             self.held_out(),
             temperature=0.0 if greedy else self.config.algorithm.temperature,
             image_steps=settings.image_steps,
-            seed=settings.seed,
+            seed=settings.seed + attempt * settings.prompts,
             device=self.config.model.device,
         )
 

@@ -110,9 +110,12 @@ class Episodes:
         for prompt in prompts:
             if prompt.text not in encoded:
                 encoded[prompt.text] = self.encode(prompt)
+        if not rows:
+            return
         self.begun = True
-        for row, prompt, seed in zip(rows, prompts, seeds, strict=True):
-            self.state.begin(row, self.rules, encoded[prompt.text], seed)
+        index = torch.tensor(rows, device=self.state.phase.device)
+        self.state.begin(index, self.rules, [encoded[prompt.text] for prompt in prompts], seeds)
+        for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row] = prompt
 
     def step(self, token: Tensor, latent: Tensor, active: Tensor) -> StepResult:

@@ -6,6 +6,7 @@ faces in `env` and `vector` are thin wraps of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -127,18 +128,19 @@ class EpisodeState:
             seed=whole(),
         )
 
-    def begin(self, row: int, rules: Rules, prompt: list[int], seed: int) -> None:
-        """Start one episode anew from its prompt's tokens."""
-        self.tokens[row] = rules.pad_id
-        self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.tokens.device)
-        self.num_tokens[row] = self.prompt_length[row] = len(prompt)
-        self.seed[row] = seed
+    def begin(self, rows: Tensor, rules: Rules, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
+        """Start the episodes `rows` (int64 indices) anew, each from its prompt's tokens and its seed."""
+        device = self.tokens.device
+        width = self.tokens.shape[1]
+        self.tokens[rows] = torch.tensor([[*prompt, *[rules.pad_id] * (width - len(prompt))] for prompt in prompts], device=device)
+        self.num_tokens[rows] = self.prompt_length[rows] = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.seed[rows] = torch.tensor(seeds, dtype=torch.int64, device=device)
         for counter in (self.sampled, self.step, self.images_drawn, self.latent):
-            counter[row] = 0
-        self.phase[row] = Phase.TEXT
-        self.legal_tokens[row] = rules.legal_tokens().to(self.tokens.device)
+            counter[rows] = 0
+        self.phase[rows] = Phase.TEXT
+        self.legal_tokens[rows] = rules.legal_tokens().to(device)
         if rules.text_budget == 0:
-            open_image(self, torch.tensor([row], device=self.tokens.device))
+            open_image(self, rows)
 
 
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
@@ -150,9 +152,9 @@ def keyed_generator(seed: int, *key: int) -> torch.Generator:
 def open_image(state: EpisodeState, rows: Tensor) -> None:
     """Turn `rows` (int64 indices) to the image phase with noise x_1 drawn from (seed, images drawn)."""
     shape = state.latent.shape[1:]
-    for row in rows.tolist():
-        generator = keyed_generator(int(state.seed[row]), int(state.images_drawn[row]))
-        state.latent[row] = torch.randn(shape, generator=generator)
+    keys = torch.stack([state.seed[rows], state.images_drawn[rows]], 1).tolist()
+    noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, image)) for seed, image in keys])
+    state.latent[rows] = noise.to(state.latent.device)
     state.phase[rows] = Phase.IMAGE
     state.legal_tokens[rows] = False
     state.step[rows] = 0

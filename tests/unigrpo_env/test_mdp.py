@@ -25,8 +25,7 @@ RULES = Rules(
 
 def begin(rows=1, rules=RULES):
     state = EpisodeState.empty(rows, rules)
-    for row in range(rows):
-        state.begin(row, rules, [1, 6, 2, 1], seed=row)
+    state.begin(torch.arange(rows), rules, [[1, 6, 2, 1]] * rows, range(rows))
     return state
 
 
