@@ -19,6 +19,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed
+	rm -rf outputs/demo
 	$(BIN)/unigrpo train output.folder=outputs/demo
 
 test: $(VENV)/.installed-test

@@ -6,7 +6,8 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+from PIL import Image
 
 from agents.trainer import METRICS
 
@@ -62,10 +63,10 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log(values, step=iteration)
 
-    def picture(self, iteration: int, name: str, image: Tensor) -> None:
-        """A picture `[3, height, width]` in [0, 1] to TensorBoard."""
+    def picture(self, iteration: int, name: str, image: Image.Image) -> None:
+        """A picture to TensorBoard."""
         if self._events is not None:
-            self._events.add_image(name, image, iteration)
+            self._events.add_image(name, np.asarray(image), iteration, dataformats="HWC")
 
     def close(self) -> None:
         if self._events is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,9 @@ def write_report(
         before, after: the same prompts and seeds, played by the first and the last weights.
         samples: pairs of pictures to show, taken evenly from the prompts.
     """
-    every = max(1, len(before.prompts) // max(samples, 1))
     pairs = "".join(
         f'<div class="pair"><div class="prompt">{html.escape(before.prompts[i].text)}</div>{_side(before, i)}{_side(after, i)}</div>'
-        for i in list(range(0, len(before.prompts), every))[:samples]
+        for i in spread(len(before.prompts), samples)
     )
     kinds = before.by("kind")
     by_kind = "".join(
@@ -114,25 +114,47 @@ def write_report(
     )
 
 
-def contact_sheet(evaluation: Evaluation, side: int = 144) -> Image.Image:
-    """Pictures in a row of four, prompt and thought beneath each."""
-    import textwrap
+PAPER, INK, FAINT, RIGHT, WRONG = (250, 250, 248), (34, 34, 40), (120, 120, 130), (42, 157, 74), (208, 90, 58)
+CAPTION = 92
 
-    columns, caption = 4, 92
-    count = len(evaluation.prompts)
-    sheet = Image.new("RGB", (columns * (side + 12) + 12, -(-count // columns) * (side + caption) + 12), (250, 250, 248))
-    pen = ImageDraw.Draw(sheet)
-    for index in range(count):
-        left, top = 12 + index % columns * (side + 12), 12 + index // columns * (side + caption)
-        sheet.paste(enlarge(evaluation.images[index], side), (left, top))
-        lines = textwrap.wrap(evaluation.prompts[index].text, 26)[:2] + [
-            "· " + line for line in textwrap.wrap(evaluation.texts[index], 26)[:4]
-        ]
-        for row, line in enumerate(lines):
-            pen.text(
-                (left, top + side + 3 + 14 * row),
-                line,
-                fill=(34, 34, 40) if not line.startswith("·") else (120, 120, 130),
-                font=ImageFont.load_default(11),
-            )
+
+def _cell(sheet: Image.Image, place: tuple[int, int], side: int, evaluation: Evaluation, index: int, *, judged: bool = False) -> None:
+    """One picture with its prompt and thought beneath; `judged` frames it by its reward."""
+    pen, (left, top) = ImageDraw.Draw(sheet), place
+    if judged:
+        colour = RIGHT if float(evaluation.reward[index]) >= 1 else WRONG
+        pen.rectangle((left - 4, top - 4, left + side + 3, top + side + 3), fill=colour)
+    sheet.paste(enlarge(evaluation.images[index], side), place)
+    lines = [(line, INK) for line in textwrap.wrap(evaluation.prompts[index].text, 26)[:2]]
+    lines += [(line, FAINT) for line in textwrap.wrap(evaluation.texts[index], 26)[:4]]
+    for row, (line, ink) in enumerate(lines):
+        pen.text((left, top + side + 6 + 14 * row), line, fill=ink, font=ImageFont.load_default(11))
+
+
+def contact_sheet(evaluation: Evaluation, side: int = 144, columns: int = 4) -> Image.Image:
+    """All pictures of an evaluation, prompt and thought beneath each."""
+    rows = -(-len(evaluation.prompts) // columns)
+    sheet = Image.new("RGB", (columns * (side + 16) + 16, rows * (side + CAPTION) + 16), PAPER)
+    for index in range(len(evaluation.prompts)):
+        place = (16 + index % columns * (side + 16), 16 + index // columns * (side + CAPTION))
+        _cell(sheet, place, side, evaluation, index)
     return sheet
+
+
+def before_and_after(before: Evaluation, after: Evaluation, columns: int = 5, side: int = 144) -> Image.Image:
+    """The same prompts and seeds, before above after, framed green where the reward is 1; prompts taken evenly."""
+    sheet = Image.new("RGB", (columns * (side + 16) + 16, 2 * (side + CAPTION) + 16), PAPER)
+    for column, index in enumerate(spread(len(before.prompts), columns)):
+        for row, evaluation in enumerate((before, after)):
+            _cell(sheet, (16 + column * (side + 16), 16 + row * (side + CAPTION)), side, evaluation, index, judged=True)
+    return sheet
+
+
+def spread(count: int, picks: int) -> list[int]:
+    """Up to `picks` indices below `count`, evenly apart.
+
+    >>> spread(10, 3)
+    [0, 3, 6]
+    """
+    every = max(1, count // max(picks, 1))
+    return list(range(0, count, every))[:picks]

@@ -14,7 +14,7 @@ from agents.display import Display
 from agents.evaluation import Evaluation, evaluate
 from agents.logs import RunLog, read_metrics
 from agents.models.files import read_tensors, write_json, write_tensors
-from agents.report import contact_sheet, write_report
+from agents.report import before_and_after, contact_sheet, write_report
 from agents.trainer import Trainer
 
 SUMMARY, REPORT, CURVE = "summary.json", "report.html", "accuracy.json"
@@ -23,109 +23,142 @@ SUMMARY, REPORT, CURVE = "summary.json", "report.html", "accuracy.json"
 def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
     """Train to the end and leave a full account in the run's folder; returns the figures of `summary.json`.
 
-    A run that was resumed takes its accuracy before training from the files of the first part.
+    Raises:
+        ValueError: the folder holds another run.
     """
-    console = console or Console()
-    output, total = trainer.config.output, trainer.config.trainer.iterations
-    folder = Path(output.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if trainer.iteration == 0 and (folder / "checkpoints").exists():
-        raise ValueError(f"{folder} holds a run already; resume it with --resume {folder}, or give another output.folder")
-    write_json(trainer.config.to_dict(), folder / "config.json")
-    before = _before(trainer, folder, console)
-    curve = _curve(trainer, folder, before["sampled"].accuracy)
-    log = RunLog(
-        folder, tensorboard=output.tensorboard, wandb=output.wandb, settings=trainer.config.to_dict(), first_iteration=trainer.iteration
-    )
-    began, spent = time.perf_counter(), 0.0
-    try:
-        with Display(total, trainer.iteration, console) as display:
-            display.show_accuracy(accuracy_before=before["sampled"].accuracy)
+    return Run(trainer, console or Console()).go()
 
-            def after_iteration(metrics: dict[str, float]) -> None:
-                nonlocal spent
-                iteration = trainer.iteration
-                log.write(iteration, metrics)
-                display.update(iteration, metrics)
-                paused = time.perf_counter()
-                every = trainer.config.evaluation.every
-                if every and iteration % every == 0 and iteration < total:
-                    accuracy = trainer.evaluate().accuracy
-                    curve.append((iteration, accuracy))
-                    write_json(curve, folder / CURVE)
-                    log.scalars(iteration, {"accuracy": accuracy})
-                    display.show_accuracy(accuracy_now=accuracy)
-                if output.samples_every and iteration % output.samples_every == 0:
-                    _samples(trainer, folder, log)
-                if output.checkpoint_every and iteration % output.checkpoint_every == 0:
-                    trainer.save()
-                spent += time.perf_counter() - paused
 
-            trainer.train(after_iteration)
-        seconds = time.perf_counter() - began - spent
-        trainer.save()
-        with console.status("evaluating on held-out prompts"):
-            after = {"sampled": trainer.evaluate(), "greedy": trainer.evaluate(greedy=True)}
-    finally:
-        log.close()
-    summary = {
-        "accuracy_before": before["sampled"].accuracy,
-        "accuracy_after": after["sampled"].accuracy,
-        "greedy_accuracy_before": before["greedy"].accuracy,
-        "greedy_accuracy_after": after["greedy"].accuracy,
-        "seconds_training": round(seconds, 1),
-        "iterations": total,
-        "episodes": total * trainer.env.num_envs,
-        "held_out_prompts": len(after["sampled"].prompts),
-        "seed": trainer.config.trainer.seed,
-        "accuracy_by_kind_before": before["sampled"].by("kind"),
-        "accuracy_by_kind_after": after["sampled"].by("kind"),
-        "threads": torch.get_num_threads(),
-    }
-    curve.append((total, after["sampled"].accuracy))
-    write_json(curve, folder / CURVE)
-    write_json(summary, folder / SUMMARY)
-    write_report(folder / REPORT, summary, read_metrics(folder), curve, before["sampled"], after["sampled"], output.samples)
-    for name in ("accuracy", "greedy_accuracy"):
-        console.print(
-            f"{name.replace('_', ' '):>16}  {summary[name + '_before']:.3f} → [bold]{summary[name + '_after']:.3f}[/bold]", highlight=False
+class Run:
+    """One training run and its folder. A run that was resumed goes on with the files of its first part."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self.trainer, self.console, self.output = trainer, console, trainer.config.output
+        self.folder, self.total = Path(self.output.folder), trainer.config.trainer.iterations
+        if trainer.iteration == 0 and (self.folder / "checkpoints").exists():
+            raise ValueError(f"{self.folder} holds a run already; resume it with --resume {self.folder}, or give another output.folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(trainer.config.to_dict(), self.folder / "config.json")
+        fresh = trainer.iteration == 0
+        self.before = self._measure_before() if fresh else self._read_before()
+        self.curve = ([] if fresh else self._read_curve()) or [(0, self.before["sampled"].accuracy)]
+        self.paused = 0.0
+
+    def go(self) -> dict[str, Any]:
+        """Train, evaluate, report."""
+        trainer, output = self.trainer, self.output
+        self.log = RunLog(
+            self.folder,
+            tensorboard=output.tensorboard,
+            wandb=output.wandb,
+            settings=trainer.config.to_dict(),
+            first_iteration=trainer.iteration,
         )
-    console.print(f"{'training':>16}  {seconds:.0f} s, {summary['episodes']} episodes", highlight=False)
-    console.print(f"{'report':>16}  {folder / REPORT}", highlight=False, soft_wrap=True)
-    return summary
+        try:
+            with Display(self.total, trainer.iteration, self.console) as self.display:
+                self.display.show_accuracy(accuracy_before=self.before["sampled"].accuracy)
+                began = time.perf_counter()
+                trainer.train(self._after_iteration)
+                seconds = time.perf_counter() - began - self.paused
+            trainer.save()
+            after = self._evaluate()
+        finally:
+            self.log.close()
+        self._mark(self.total, after["sampled"].accuracy)
+        summary = self._summary(after, seconds)
+        write_json(summary, self.folder / SUMMARY)
+        write_report(
+            self.folder / REPORT, summary, read_metrics(self.folder), self.curve, self.before["sampled"], after["sampled"], output.samples
+        )
+        before_and_after(self.before["sampled"], after["sampled"]).save(self.folder / "before_after.png")
+        self._say(summary)
+        return summary
 
+    def _after_iteration(self, metrics: dict[str, float]) -> None:
+        """Write and show; now and then measure, draw, save. The time that this takes is not training's."""
+        iteration, began = self.trainer.iteration, time.perf_counter()
 
-def _curve(trainer: Trainer, folder: Path, accuracy: float) -> list[tuple[int, float]]:
-    """Held-out accuracy by iteration, as far as the run has come."""
-    if trainer.iteration == 0:
-        return [(0, accuracy)]
-    known = json.loads((folder / CURVE).read_text()) if (folder / CURVE).is_file() else []
-    return [(int(iteration), float(value)) for iteration, value in known if iteration <= trainer.iteration] or [(0, accuracy)]
+        def due(every: int) -> bool:
+            return bool(every) and iteration % every == 0
 
+        self.log.write(iteration, metrics)
+        self.display.update(iteration, metrics)
+        if due(self.trainer.config.evaluation.every) and iteration < self.total:
+            accuracy = self.trainer.evaluate().accuracy
+            self._mark(iteration, accuracy)
+            self.log.scalars(iteration, {"accuracy": accuracy})
+            self.display.show_accuracy(accuracy_now=accuracy)
+        if due(self.output.samples_every):
+            self._draw_samples()
+        if due(self.output.checkpoint_every):
+            self.trainer.save()
+        self.paused += time.perf_counter() - began
 
-def _before(trainer: Trainer, folder: Path, console: Console) -> dict[str, Evaluation]:
-    """The first weights on the held-out split: measured at the start, read back on resume."""
-    place = folder / "before.safetensors"
-    found: dict[str, Evaluation] = {}
-    if trainer.iteration == 0:
-        with console.status("evaluating on held-out prompts"):
-            found = {"sampled": trainer.evaluate(), "greedy": trainer.evaluate(greedy=True)}
-        write_tensors({f"{n}.{part}": getattr(e, part) for n, e in found.items() for part in ("images", "reward")}, place)
-        write_json({name: evaluation.texts for name, evaluation in found.items()}, folder / "before.json")
+    def _evaluate(self) -> dict[str, Evaluation]:
+        with self.console.status("evaluating on held-out prompts"):
+            return {"sampled": self.trainer.evaluate(), "greedy": self.trainer.evaluate(greedy=True)}
+
+    def _measure_before(self) -> dict[str, Evaluation]:
+        """The first weights on the held-out split, kept for the report of a resumed run."""
+        found = self._evaluate()
+        tensors = {f"{name}.{part}": getattr(evaluation, part) for name, evaluation in found.items() for part in ("images", "reward")}
+        write_tensors(tensors, self.folder / "before.safetensors")
+        write_json({name: evaluation.texts for name, evaluation in found.items()}, self.folder / "before.json")
         return found
-    tensors, texts = read_tensors(place), json.loads((folder / "before.json").read_text())
-    return {
-        name: Evaluation(trainer.held_out(), texts[name], tensors[f"{name}.images"], tensors[f"{name}.reward"], {})
-        for name in ("sampled", "greedy")
-    }
 
+    def _read_before(self) -> dict[str, Evaluation]:
+        tensors, texts = read_tensors(self.folder / "before.safetensors"), json.loads((self.folder / "before.json").read_text())
+        prompts = self.trainer.held_out()
+        return {name: Evaluation(prompts, said, tensors[f"{name}.images"], tensors[f"{name}.reward"], {}) for name, said in texts.items()}
 
-def _samples(trainer: Trainer, folder: Path, log: RunLog) -> None:
-    """A sheet of what the model thinks and draws now."""
-    prompts = trainer.held_out()[: trainer.config.output.samples]
-    evaluation = evaluate(trainer.model, trainer.variant, prompts, seed=trainer.config.evaluation.seed, device=trainer.config.model.device)
-    (folder / "samples").mkdir(exist_ok=True)
-    sheet = contact_sheet(evaluation)
-    sheet.save(folder / "samples" / f"{trainer.iteration:06d}.png")
-    pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8).view(sheet.height, sheet.width, 3)
-    log.picture(trainer.iteration, "samples", pixels.permute(2, 0, 1).float() / 255)
+    def _read_curve(self) -> list[tuple[int, float]]:
+        """Held-out accuracy by iteration, as far as the run has come."""
+        known = json.loads((self.folder / CURVE).read_text()) if (self.folder / CURVE).is_file() else []
+        return [(iteration, accuracy) for iteration, accuracy in known if iteration <= self.trainer.iteration]
+
+    def _mark(self, iteration: int, accuracy: float) -> None:
+        self.curve.append((iteration, accuracy))
+        write_json(self.curve, self.folder / CURVE)
+
+    def _draw_samples(self) -> None:
+        """A sheet of what the model thinks and draws now."""
+        trainer = self.trainer
+        found = evaluate(
+            trainer.model,
+            trainer.variant,
+            trainer.held_out()[: self.output.samples],
+            seed=trainer.config.evaluation.seed,
+            device=trainer.config.model.device,
+        )
+        (self.folder / "samples").mkdir(exist_ok=True)
+        sheet = contact_sheet(found)
+        sheet.save(self.folder / "samples" / f"{trainer.iteration:06d}.png")
+        self.log.picture(trainer.iteration, "samples", sheet)
+
+    def _summary(self, after: dict[str, Evaluation], seconds: float) -> dict[str, Any]:
+        before, settings = self.before, self.trainer.config
+        return {
+            "accuracy_before": before["sampled"].accuracy,
+            "accuracy_after": after["sampled"].accuracy,
+            "greedy_accuracy_before": before["greedy"].accuracy,
+            "greedy_accuracy_after": after["greedy"].accuracy,
+            "seconds_training": round(seconds, 1),
+            "iterations": self.total,
+            "episodes": self.total * self.trainer.env.num_envs,
+            "held_out_prompts": len(after["sampled"].prompts),
+            "seed": settings.trainer.seed,
+            "threads": torch.get_num_threads(),
+            "accuracy_by_kind_before": before["sampled"].by("kind"),
+            "accuracy_by_kind_after": after["sampled"].by("kind"),
+        }
+
+    def _say(self, summary: dict[str, Any]) -> None:
+        def line(name: str, text: str) -> None:
+            self.console.print(f"{name:>16}  {text}", highlight=False, soft_wrap=True)
+
+        line(
+            "accuracy", f"{summary['accuracy_before']:.3f} → [bold]{summary['accuracy_after']:.3f}[/bold]  (held-out prompts, sampled text)"
+        )
+        line("greedy accuracy", f"{summary['greedy_accuracy_before']:.3f} → [bold]{summary['greedy_accuracy_after']:.3f}[/bold]")
+        line("training", f"{summary['seconds_training']:.0f} s, {summary['episodes']} episodes")
+        line("report", str(self.folder / REPORT))
