@@ -136,8 +136,11 @@ class Actor:
     def _catch_up(self, observation: dict[str, Tensor]) -> None:
         """Bring the context to what the observation says."""
         tokens, count = observation["tokens"], observation["num_tokens"]
-        stale = self._context is None or self._context.batch_size != len(tokens) or self._seen.shape != tokens.shape
-        if stale or ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
+        if self._context is None or self._context.batch_size != len(tokens) or self._seen.shape != tokens.shape:
+            self._begin(observation)
+        elif torch.equal(self._seen, tokens) and torch.equal(self._read, count):
+            return
+        elif ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
             self._begin(observation)
         unread = count - self._read
         longest = int(unread.max())

@@ -40,8 +40,7 @@ def play(
         observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
         reward += paid
         for name, values in infos.get("components", {}).items():
-            known = components.get(name, torch.full_like(values, torch.nan))
-            components[name] = torch.where(infos["ended"].cpu(), values, known)
+            components.setdefault(name, torch.full_like(values, torch.nan))[infos["ended"]] = values[infos["ended"]]
     return observation, reward, components
 
 
@@ -109,25 +108,23 @@ class Collector:
         self._finish(record, observation)
         record["reward"], record["seed"] = reward.to(device), torch.as_tensor(seeds, device=device)
         record["group"] = torch.arange(self.groups, device=device).repeat_interleave(size)
-        record["components"] = TensorDict({name: values.to(device) for name, values in components.items()}, [env.num_envs])
-        return record.unflatten(0, (self.groups, size))
+        episodes = TensorDict(record, [env.num_envs])
+        episodes["components"] = TensorDict({name: values.to(device) for name, values in components.items()}, [env.num_envs])
+        return episodes.unflatten(0, (self.groups, size))
 
-    def _empty(self, observation: dict[str, Tensor]) -> TensorDict:
+    def _empty(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         rules, rows = self.env.episodes.rules, self.env.num_envs
         device = observation["phase"].device
         words, size = rules.text_budget + 1, self.window.size
-        return TensorDict(
-            {
-                "log_prob": torch.zeros(rows, words, device=device),
-                "chosen_mask": torch.zeros(rows, words, dtype=torch.bool, device=device),
-                "window_latents": torch.zeros(rows, size + 1, *rules.latent_shape, device=device),
-                "window_means": torch.zeros(rows, size, *rules.latent_shape, device=device),
-                "window_times": torch.zeros(rows, size + 1, device=device),
-            },
-            [rows],
-        )
+        return {
+            "log_prob": torch.zeros(rows, words, device=device),
+            "chosen_mask": torch.zeros(rows, words, dtype=torch.bool, device=device),
+            "window_latents": torch.zeros(rows, size + 1, *rules.latent_shape, device=device),
+            "window_means": torch.zeros(rows, size, *rules.latent_shape, device=device),
+            "window_times": torch.zeros(rows, size + 1, device=device),
+        }
 
-    def _write(self, record: TensorDict, observation: dict[str, Tensor], decision: Decision) -> None:
+    def _write(self, record: dict[str, Tensor], observation: dict[str, Tensor], decision: Decision) -> None:
         """Keep what training needs of one decision."""
         if decision.log_prob is not None:
             rows = decision.active.nonzero()[:, 0]
@@ -149,7 +146,7 @@ class Collector:
         record["window_latents"][last, self.window.size] = decision.latent[last]
         record["window_times"][last, self.window.size] = observation["next_t"][last]
 
-    def _finish(self, record: TensorDict, observation: dict[str, Tensor]) -> None:
+    def _finish(self, record: dict[str, Tensor], observation: dict[str, Tensor]) -> None:
         """Split the token buffer into prompt and thought, once, at the end."""
         lengths, tokens = observation["prompt_length"], observation["tokens"]
         prompt_budget = self.env.episodes.rules.prompt_budget

@@ -84,7 +84,7 @@ class OptimizerSettings:
 class TrainerSettings:
     """The loop."""
 
-    iterations: int = setting(150, "rounds of collecting and updating")
+    iterations: int = setting(120, "rounds of collecting and updating")
     groups: int = setting(8, "prompts an iteration")
     group_size: int = setting(8, "episodes a prompt")
     minibatches: int = setting(1, "disjoint parts of an iteration's groups, one update each")

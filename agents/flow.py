@@ -31,7 +31,7 @@ class FlowStep:
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std noise, with standard normal `noise` shaped like the latent."""
-        return self.mean + _column(self.std, self.mean) * noise
+        return torch.addcmul(self.mean, _column(self.std, self.mean), noise)
 
 
 def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level: float | Tensor) -> FlowStep:
@@ -54,7 +54,7 @@ def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level
     variance = level**2 * clamped / (1 - clamped)
     keep = 1 + variance / (2 * t) * dt
     push = (1 + variance * (1 - t) / (2 * t)) * dt
-    return FlowStep(_column(keep, x) * x + _column(push, x) * velocity, (variance * -dt).sqrt())
+    return FlowStep(torch.addcmul(_column(keep, x) * x, _column(push, x), velocity), (variance * -dt).sqrt())
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:

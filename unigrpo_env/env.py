@@ -103,7 +103,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
         token, latent = split_action(action)
         result = self.episodes.step(torch.as_tensor(token)[None], torch.as_tensor(latent)[None], torch.ones(1, dtype=torch.bool))
         info = self._info()
-        ended = bool(result.ended[0])
+        ended = len(result.ended) > 0
         if ended:
             info["text"] = self.episodes.text(0)
             info["components"] = {name: float(values[0]) for name, values in result.components.items()}

@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from rewards import EpisodeBatch, Reward, WeightedReward
-from unigrpo_env.mdp import EpisodeState, Phase, Rules, check_action, transition
+from unigrpo_env.mdp import EpisodeState, Rules, check_action, check_active, transition, whose_turn
 from unigrpo_env.tasks import Prompt, Task
 
 
@@ -60,7 +60,7 @@ class StepResult:
 
     Attributes:
         reward: `[N]` float32: 0, but for rows that ended in this step; NaN if such a row could not be scored.
-        ended: `[N]` bool, rows that ended in this step.
+        ended: the rows that ended in this step, int64 indices, on the CPU.
         components: named parts of the reward, `[N]` float32, NaN elsewhere.
     """
 
@@ -123,23 +123,22 @@ class Episodes:
         state = self.state
         if not self.begun:
             raise ResetNeeded("step() before reset(): call env.reset() first")
-        check_action(state, self.rules, token, latent, active)
-        transition(state, self.rules, token, latent, active)
-        ended = active & (state.phase == Phase.DONE)
-        reward = torch.zeros(len(ended))
-        if not ended.any():
+        check_active(state, active)
+        turn = whose_turn(state, active)
+        check_action(state, self.rules, token, latent, turn)
+        ended = transition(state, self.rules, token, latent, turn).cpu()
+        reward = torch.zeros(len(active))
+        if len(ended) == 0:
             return StepResult(reward, ended)
-        components: dict[str, Tensor] = {}
-        has_image = (ended & (state.images_drawn > 0)).cpu()
-        reward[ended.cpu() & ~has_image] = self.reward.lowest
-        rows = has_image.nonzero()[:, 0]
-        if len(rows):
-            scores = self.reward(self.finished(rows.tolist()))
-            reward[rows] = scores.reward
-            components = {
-                name: reward.new_full(reward.shape, torch.nan).index_put((rows,), values) for name, values in scores.components.items()
-            }
-        return StepResult(reward, ended, components)
+        has_image = state.images_drawn.cpu()[ended] > 0
+        reward[ended[~has_image]] = self.reward.lowest
+        rows = ended[has_image]
+        if len(rows) == 0:
+            return StepResult(reward, ended)
+        scores = self.reward(self.finished(rows.tolist()))
+        reward[rows] = scores.reward
+        unknown = torch.full_like(reward, torch.nan)
+        return StepResult(reward, ended, {name: unknown.index_put((rows,), values) for name, values in scores.components.items()})
 
     def finished(self, rows: Sequence[int]) -> EpisodeBatch:
         """The episodes `rows` as a reward sees them."""

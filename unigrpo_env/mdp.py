@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,10 +142,18 @@ class EpisodeState:
             open_image(self, rows)
 
 
+_WORD = 2**64 - 1
+
+
 def keyed_generator(seed: int, *key: int) -> torch.Generator:
     """A generator for one purpose of one episode, so that no episode depends on its batch."""
-    word = np.random.SeedSequence((seed, *key)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+    word = 0
+    for part in (seed, *key):  # SplitMix64 over the parts: torch's CPU generator takes 32 bits of its seed, so these must be well mixed
+        word = (word + part + 0x9E3779B97F4A7C15) & _WORD
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+        word ^= word >> 31
+    return torch.Generator().manual_seed(word & 0xFFFFFFFF)
 
 
 def open_image(state: EpisodeState, rows: Tensor) -> None:
@@ -160,8 +167,24 @@ def open_image(state: EpisodeState, rows: Tensor) -> None:
     state.step[rows] = 0
 
 
-def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, active: Tensor) -> None:
-    """Advance every active row by one step, in place; the action must fit (`check_action`).
+@dataclass(frozen=True)
+class Turn:
+    """The rows that act in a step, as int64 indices: those that say a token, and those that take a denoising step."""
+
+    text: Tensor
+    image: Tensor
+
+
+def whose_turn(state: EpisodeState, active: Tensor) -> Turn:
+    """Split the `active` rows (`[N]` bool) by what they wait for."""
+    return Turn(
+        text=(active & (state.phase == Phase.TEXT)).nonzero()[:, 0],
+        image=(active & (state.phase == Phase.IMAGE)).nonzero()[:, 0],
+    )
+
+
+def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, turn: Turn) -> Tensor:
+    """Advance every row whose turn it is by one step, in place; the action must fit (`check_action`).
 
     Text: append the token; an opening token, or the last of the budget, opens the image. Image: the latent becomes the action and t moves
     to the next grid point; at t = 0 the image is drawn.
@@ -171,45 +194,54 @@ def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor,
         rules: what they may do.
         token: `[N]` int64, read where a row is in the text phase.
         latent: `[N, L, C]` float32, read where a row is in the image phase.
-        active: `[N]` bool; the other rows stay as they are.
+        turn: who acts; the other rows stay as they are.
+
+    Returns:
+        The rows that ended in this step, int64 indices.
     """
-    text = active & (state.phase == Phase.TEXT)
-    image = active & (state.phase == Phase.IMAGE)
-    if text.any():
-        rows = text.nonzero()[:, 0]
-        chosen = token[rows]
-        at = state.num_tokens[rows]
-        state.tokens[rows, at] = chosen
-        state.num_tokens += text
-        state.sampled += text
-        opens = chosen == rules.open_image_id
-        ends = chosen == rules.end_id if rules.end_id is not None else torch.zeros_like(opens)
-        spent = (state.sampled[rows] >= rules.text_budget) & ~opens & ~ends
-        if spent.any():
-            forced = rows[spent]
-            state.tokens[forced, at[spent] + 1] = rules.open_image_id
-            state.num_tokens[forced] += 1
-            opens |= spent
-        if opens.any():
-            open_image(state, rows[opens])
-        if ends.any():
-            finish(state, rows[ends])
-    if image.any():
-        state.latent.copy_(torch.where(image[:, None, None], latent, state.latent))
-        state.step += image
-        drawn = image & (state.step == rules.image_steps)
-        if drawn.any():
-            state.images_drawn += drawn
-            finish(state, drawn.nonzero()[:, 0])
+    left = _append(state, rules, token[turn.text], turn.text) if len(turn.text) else turn.text
+    drawn = _denoise(state, rules, latent, turn.image) if len(turn.image) else turn.image
+    ended = torch.cat([left, drawn])
+    if len(ended):
+        state.phase[ended] = Phase.DONE
+        state.legal_tokens[ended] = False
+    return ended
 
 
-def finish(state: EpisodeState, rows: Tensor) -> None:
-    """End the episodes `rows` (int64 indices)."""
-    state.phase[rows] = Phase.DONE
-    state.legal_tokens[rows] = False
+def _append(state: EpisodeState, rules: Rules, token: Tensor, rows: Tensor) -> Tensor:
+    """Add a token to each of `rows`; returns those that it ended."""
+    at = state.num_tokens[rows]
+    sampled = state.sampled[rows] + 1
+    state.tokens[rows, at] = token
+    state.num_tokens[rows] = at + 1
+    state.sampled[rows] = sampled
+    opens = token == rules.open_image_id
+    ends = token == (rules.end_id if rules.end_id is not None else -1)
+    spent = (sampled >= rules.text_budget) & ~opens & ~ends
+    if spent.any():
+        forced = rows[spent]
+        state.tokens[forced, at[spent] + 1] = rules.open_image_id
+        state.num_tokens[forced] += 1
+        opens |= spent
+    if opens.any():
+        open_image(state, rows[opens])
+    return rows[ends]
 
 
-def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, active: Tensor) -> None:
+def _denoise(state: EpisodeState, rules: Rules, latent: Tensor, rows: Tensor) -> Tensor:
+    """Let the action become the latent of each of `rows`; returns those whose image is drawn."""
+    if len(rows) == len(latent):
+        state.latent.copy_(latent)
+    else:
+        state.latent[rows] = latent[rows].to(state.latent.dtype)
+    step = state.step[rows] + 1
+    state.step[rows] = step
+    drawn = rows[step == rules.image_steps]
+    state.images_drawn[drawn] += 1
+    return drawn
+
+
+def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, turn: Turn) -> None:
     """Raise TypeError or ValueError, with the remedy, unless `transition` can take this action.
 
     A token in range that is not legal passes: as in Gymnasium's own masked envs the mask is advice. It is appended and does nothing else.
@@ -219,21 +251,25 @@ def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tenso
         if tuple(value.shape) != shape:
             raise ValueError(f"expected action[{name!r}] of shape {list(shape)}, got {list(value.shape)}; keep to env.action_space")
         if value.is_floating_point() == integral or value.dtype == torch.bool:
-            raise TypeError(
-                f"expected action[{name!r}] of {'an integer' if integral else 'a floating'} dtype, got {value.dtype}; keep to env.action_space"
-            )
-    if active.shape != (rows,) or active.dtype != torch.bool:
-        raise ValueError(f"expected active of shape [{rows}] and dtype bool, got {list(active.shape)} and {active.dtype}")
-    if (active & (state.phase == Phase.DONE)).any():
-        ended = (active & (state.phase == Phase.DONE)).nonzero()[:, 0].tolist()
-        raise ValueError(f"episodes {ended} have ended or not begun; reset them, or leave them out with the `active` mask")
-    text = active & (state.phase == Phase.TEXT)
-    if text.any():
-        chosen = token[text]
-        if ((chosen < 0) | (chosen >= rules.vocab_size)).any():
+            kind = "an integer" if integral else "a floating"
+            raise TypeError(f"expected action[{name!r}] of {kind} dtype, got {value.dtype}; keep to env.action_space")
+    if len(turn.text):
+        chosen = token[turn.text]
+        if int(chosen.min()) < 0 or int(chosen.max()) >= rules.vocab_size:
             raise ValueError(f"expected tokens in [0, {rules.vocab_size}), got {chosen.tolist()}")
-    image = active & (state.phase == Phase.IMAGE)
-    if image.any() and not latent[image].isfinite().all():
+    # A sum is finite only if all its terms are; it takes one pass and no copy.
+    if len(turn.image) and not latent.flatten(1).sum(1)[turn.image].isfinite().all():
         raise ValueError(
             "expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate"
+        )
+
+
+def check_active(state: EpisodeState, active: Tensor) -> None:
+    """Raise ValueError unless `active` is a mask of rows that can act."""
+    if active.shape != state.phase.shape or active.dtype != torch.bool:
+        raise ValueError(f"expected active of shape {list(state.phase.shape)} and dtype bool, got {list(active.shape)} and {active.dtype}")
+    ended = active & (state.phase == Phase.DONE)
+    if ended.any():
+        raise ValueError(
+            f"episodes {ended.nonzero()[:, 0].tolist()} have ended or not begun; reset them, or leave them out with the `active` mask"
         )

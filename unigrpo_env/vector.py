@@ -93,8 +93,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             active: `[N]` bool; the other rows stay as they are, with reward 0. All rows if left out.
 
         Returns:
-            Observation; reward `[N]` float32, paid in the step that ends a row; terminated `[N]` bool, True from then on; truncated, all False; infos:
-            `ended` `[N]` bool, and when rows ended, `unscored` `[N]` bool and `components`.
+            Observation; reward `[N]` float32, paid in the step that ends a row; terminated `[N]` bool, True from then on; truncated, all False; infos: when rows
+            ended, their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -104,9 +104,9 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         if active is None:
             active = torch.ones(self.num_envs, dtype=torch.bool, device=self.episodes.state.phase.device)
         result = self.episodes.step(token, latent, torch.as_tensor(active))
-        infos = self._info() | {"ended": result.ended}
-        if result.components or bool(result.ended.any()):
-            infos |= {"unscored": result.reward.isnan(), "components": result.components}
+        infos = self._info()
+        if len(result.ended):
+            infos |= {"ended": result.ended, "unscored": result.reward.isnan(), "components": result.components}
         terminated = self.episodes.state.phase == Phase.DONE
         return self._observation(), result.reward, terminated, torch.zeros_like(terminated), infos
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unigrpo_env.flow_time import time_grid
-from unigrpo_env.mdp import EpisodeState, Phase, Rules, transition
+from unigrpo_env.mdp import EpisodeState, Phase, Rules, transition, whose_turn
 
 RULES = Rules(
     vocab_size=8,
@@ -29,9 +29,13 @@ def begin(rows=1, rules=RULES):
     return state
 
 
+def step(state, token, latent, active, rules=RULES):
+    transition(state, rules, token, latent, whose_turn(state, active))
+
+
 def say(state, *tokens, rules=RULES):
     for token in tokens:
-        transition(state, rules, torch.tensor([token]), torch.zeros(1, 2, 3), torch.tensor([True]))
+        step(state, torch.tensor([token]), torch.zeros(1, 2, 3), torch.tensor([True]), rules)
 
 
 def test_an_opening_token_opens_the_image():
@@ -70,10 +74,10 @@ def test_the_latent_becomes_the_action():
     state = begin()
     say(state, 2)
     action = torch.arange(6.0).view(1, 2, 3)
-    transition(state, RULES, torch.tensor([0]), action, torch.tensor([True]))
+    step(state, torch.tensor([0]), action, torch.tensor([True]))
     assert torch.equal(state.latent, action)
     assert state.step.tolist() == [1]
-    transition(state, RULES, torch.tensor([0]), action + 1, torch.tensor([True]))
+    step(state, torch.tensor([0]), action + 1, torch.tensor([True]))
     assert state.phase.tolist() == [Phase.DONE]
     assert torch.equal(state.latent, action + 1)
 
@@ -81,7 +85,7 @@ def test_the_latent_becomes_the_action():
 def test_noise_depends_on_the_seed_alone():
     alone, crowd = begin(1), begin(3)
     say(alone, 2)
-    transition(crowd, RULES, torch.tensor([2, 2, 2]), torch.zeros(3, 2, 3), torch.tensor([True, True, True]))
+    step(crowd, torch.tensor([2, 2, 2]), torch.zeros(3, 2, 3), torch.tensor([True, True, True]))
     assert torch.equal(alone.latent[0], crowd.latent[0])
     assert not torch.equal(crowd.latent[0], crowd.latent[1])
 
@@ -100,9 +104,9 @@ def test_rows_do_not_touch_each_other(data):
         latent = torch.full((3, 2, 3), data.draw(st.floats(-2, 2, width=32)))
         wanted = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
         active = wanted & (crowd.phase != Phase.DONE)
-        transition(crowd, RULES, token, latent, active)
+        step(crowd, token, latent, active)
         for row in range(3):
-            transition(alone[row], RULES, token, latent, active & (torch.arange(3) == row))
+            step(alone[row], token, latent, active & (torch.arange(3) == row))
     for row in range(3):
         for entry in dataclasses.fields(EpisodeState):
             assert torch.equal(getattr(crowd, entry.name)[row], getattr(alone[row], entry.name)[row]), entry.name
