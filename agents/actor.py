@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.flow import Window, sde_step
 from agents.models.seam import Context, UnifiedModel
-from unigrpo_env.mdp import Phase, keyed_generator
+from unigrpo_env.mdp import Phase, keyed_noise
 
 TOKEN_NOISE, STEP_NOISE = 1_000_001, 1_000_002
 """Keys of an episode's noise for tokens and for SDE steps; the env's own keys are image numbers."""
@@ -127,10 +127,9 @@ class Actor:
         if len(seeds) != rows:
             raise ValueError(f"expected {rows} seeds, one a row, got {len(seeds)}; call start() with one a row")
         self._seeds_used = seeds
-        # A uniform number a token, in (0, 1]: enough to invert the cumulative distribution, whatever the vocabulary.
-        self._uniform = torch.stack([1 - torch.rand(len(self._places), generator=keyed_generator(seed, TOKEN_NOISE)) for seed in seeds]).to(
-            device
-        )
+        # One uniform number a token, in (0, 1], inverts the cumulative distribution, whatever the vocabulary.
+        normal = keyed_noise([(seed, TOKEN_NOISE) for seed in seeds], (len(self._places),))
+        self._uniform = torch.special.ndtr(normal.double()).clamp_(min=1e-300).to(device)
         self._noise: Tensor | None = None
 
     def _catch_up(self, observation: dict[str, Tensor]) -> None:
@@ -143,14 +142,14 @@ class Actor:
         elif ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
             self._begin(observation)
         unread = count - self._read
-        longest = int(unread.max())
+        fewest, longest = map(int, unread.aminmax())
         if longest == 0:
             return
         mask = torch.arange(longest, device=tokens.device) < unread[:, None]
         places = (self._read[:, None] + torch.arange(longest, device=tokens.device)).clamp_(max=tokens.shape[1] - 1)
         assert self._context is not None
         logits, self._context = self.model.read_text(self._context, tokens.gather(1, places), mask, last_only=True)
-        self._logits = torch.where((unread > 0)[:, None, None], logits, self._logits)
+        self._logits = logits if fewest else torch.where((unread > 0)[:, None, None], logits, self._logits)
         self._read.copy_(count)
         self._seen.copy_(tokens)
 
@@ -162,7 +161,7 @@ class Actor:
             token = log_probs.argmax(-1)
         else:
             mass = log_probs.double().exp().cumsum(-1)
-            drawn = self._uniform.gather(1, observation["num_tokens"][:, None]).double()
+            drawn = self._uniform.gather(1, observation["num_tokens"][:, None])
             token = (mass < drawn * mass[:, -1:]).sum(-1)
         return Decision(active, token, observation["latent"], log_prob=log_probs.gather(1, token[:, None])[:, 0])
 
@@ -188,11 +187,9 @@ class Actor:
         """Standard normal noise `[N, L, C]` for this step, one keyed draw a window."""
         assert self.window is not None
         assert self.window_start is not None
-        latent = observation["latent"]
+        latent, size = observation["latent"], self.window.size
         if self._noise is None:
-            shape = (self.window.size, *latent.shape[1:])
-            self._noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, STEP_NOISE)) for seed in self._seeds_used]).to(
-                latent.device
-            )
-        index = (observation["step"] - self.window_start).clamp(0, self.window.size - 1)
-        return self._noise[torch.arange(len(latent), device=latent.device), index]
+            keys = [(seed, STEP_NOISE) for seed in self._seeds_used]
+            self._noise = keyed_noise(keys, (size, *latent.shape[1:])).flatten(0, 1).to(latent.device)
+        index = (observation["step"] - self.window_start).clamp(0, size - 1)
+        return self._noise.index_select(0, torch.arange(len(latent), device=latent.device) * size + index)

@@ -138,13 +138,14 @@ class Collector:
         rows = (decision.active & (index >= 0) & (index < self.window.size)).nonzero()[:, 0]
         if len(rows) == 0:
             return
-        at = index[rows]
-        record["window_latents"][rows, at] = observation["latent"][rows]
+        size, at = self.window.size, index[rows]
+        record["window_latents"].flatten(0, 1).index_copy_(0, rows * (size + 1) + at, observation["latent"].index_select(0, rows))
+        record["window_means"].flatten(0, 1).index_copy_(0, rows * size + at, decision.mean.index_select(0, rows))
         record["window_times"][rows, at] = observation["t"][rows]
-        record["window_means"][rows, at] = decision.mean[rows]
-        last = rows[at == self.window.size - 1]
-        record["window_latents"][last, self.window.size] = decision.latent[last]
-        record["window_times"][last, self.window.size] = observation["next_t"][last]
+        last = rows[at == size - 1]
+        if len(last):
+            record["window_latents"][last, size] = decision.latent.index_select(0, last)
+            record["window_times"][last, size] = observation["next_t"][last]
 
     def _finish(self, record: dict[str, Tensor], observation: dict[str, Tensor]) -> None:
         """Split the token buffer into prompt and thought, once, at the end."""

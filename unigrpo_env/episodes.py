@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from rewards import EpisodeBatch, Reward, WeightedReward
-from unigrpo_env.mdp import EpisodeState, Rules, check_action, check_active, transition, whose_turn
+from unigrpo_env.mdp import EpisodeState, Rules, check_action, transition, whose_turn
 from unigrpo_env.tasks import Prompt, Task
 
 
@@ -87,6 +87,7 @@ class Episodes:
         self.prompts: list[Prompt | None] = [None] * rows
         self.begun = False
         self.times = self.rules.times().to(device)
+        self.next_times = torch.cat([self.times[1:], self.times[-1:]])
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt as the model reads it: `<bos> words <eos>`, and the `<bos>` of the thought if there is to be one.
@@ -123,7 +124,6 @@ class Episodes:
         state = self.state
         if not self.begun:
             raise ResetNeeded("step() before reset(): call env.reset() first")
-        check_active(state, active)
         turn = whose_turn(state, active)
         check_action(state, self.rules, token, latent, turn)
         ended = transition(state, self.rules, token, latent, turn).cpu()
@@ -157,7 +157,7 @@ class Episodes:
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""
-        state, last = self.state, len(self.times) - 1
+        state = self.state
         return {
             "phase": state.phase,
             "tokens": state.tokens,
@@ -167,7 +167,7 @@ class Episodes:
             "latent": state.latent,
             "step": state.step,
             "t": self.times[state.step],
-            "next_t": self.times[(state.step + 1).clamp_(max=last)],
+            "next_t": self.next_times[state.step],
         }
 
     def observation_space(self) -> spaces.Dict:

@@ -156,12 +156,22 @@ def keyed_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(word & 0xFFFFFFFF)
 
 
+def keyed_noise(keys: Sequence[Sequence[int]], shape: Sequence[int]) -> Tensor:
+    """Standard normal noise `[len(keys), *shape]` float32 on the CPU, each row from its own key.
+
+    The one Python loop over a batch: torch has no kernel for keyed noise on the CPU.
+    """
+    noise = torch.empty(len(keys), *shape)
+    for row, key in zip(noise.unbind(), keys, strict=True):
+        row.normal_(generator=keyed_generator(*key))
+    return noise
+
+
 def open_image(state: EpisodeState, rows: Tensor) -> None:
     """Turn `rows` (int64 indices) to the image phase with noise x_1 drawn from (seed, images drawn)."""
     shape = state.latent.shape[1:]
     keys = torch.stack([state.seed[rows], state.images_drawn[rows]], 1).tolist()
-    noise = torch.stack([torch.randn(shape, generator=keyed_generator(seed, image)) for seed, image in keys])
-    state.latent[rows] = noise.to(state.latent.device)
+    state.latent.index_copy_(0, rows, keyed_noise(keys, shape).to(state.latent.device))
     state.phase[rows] = Phase.IMAGE
     state.legal_tokens[rows] = False
     state.step[rows] = 0
@@ -176,11 +186,21 @@ class Turn:
 
 
 def whose_turn(state: EpisodeState, active: Tensor) -> Turn:
-    """Split the `active` rows (`[N]` bool) by what they wait for."""
-    return Turn(
+    """Split the `active` rows (`[N]` bool) by what they wait for.
+
+    Raises:
+        ValueError: no such mask, or an active row that has ended.
+    """
+    if active.shape != state.phase.shape or active.dtype != torch.bool:
+        raise ValueError(f"expected active of shape {list(state.phase.shape)} and dtype bool, got {list(active.shape)} and {active.dtype}")
+    turn = Turn(
         text=(active & (state.phase == Phase.TEXT)).nonzero()[:, 0],
         image=(active & (state.phase == Phase.IMAGE)).nonzero()[:, 0],
     )
+    if len(turn.text) + len(turn.image) != int(active.sum()):
+        ended = (active & (state.phase == Phase.DONE)).nonzero()[:, 0].tolist()
+        raise ValueError(f"episodes {ended} have ended or not begun; reset them, or leave them out with the `active` mask")
+    return turn
 
 
 def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, turn: Turn) -> Tensor:
@@ -216,8 +236,11 @@ def _append(state: EpisodeState, rules: Rules, token: Tensor, rows: Tensor) -> T
     state.num_tokens[rows] = at + 1
     state.sampled[rows] = sampled
     opens = token == rules.open_image_id
-    ends = token == (rules.end_id if rules.end_id is not None else -1)
-    spent = (sampled >= rules.text_budget) & ~opens & ~ends
+    spent = (sampled >= rules.text_budget) & ~opens
+    ended = rows[:0]
+    if rules.end_id is not None:
+        ends = token == rules.end_id
+        ended, spent = rows[ends], spent & ~ends
     if spent.any():
         forced = rows[spent]
         state.tokens[forced, at[spent] + 1] = rules.open_image_id
@@ -225,7 +248,7 @@ def _append(state: EpisodeState, rules: Rules, token: Tensor, rows: Tensor) -> T
         opens |= spent
     if opens.any():
         open_image(state, rows[opens])
-    return rows[ends]
+    return ended
 
 
 def _denoise(state: EpisodeState, rules: Rules, latent: Tensor, rows: Tensor) -> Tensor:
@@ -261,15 +284,4 @@ def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tenso
     if len(turn.image) and not latent.flatten(1).sum(1)[turn.image].isfinite().all():
         raise ValueError(
             "expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate"
-        )
-
-
-def check_active(state: EpisodeState, active: Tensor) -> None:
-    """Raise ValueError unless `active` is a mask of rows that can act."""
-    if active.shape != state.phase.shape or active.dtype != torch.bool:
-        raise ValueError(f"expected active of shape {list(state.phase.shape)} and dtype bool, got {list(active.shape)} and {active.dtype}")
-    ended = active & (state.phase == Phase.DONE)
-    if ended.any():
-        raise ValueError(
-            f"episodes {ended.nonzero()[:, 0].tolist()} have ended or not begun; reset them, or leave them out with the `active` mask"
         )
