@@ -41,7 +41,7 @@ class ModelSettings:
     """What is trained."""
 
     name: str = setting("tiny", "known model or folder of a saved one")
-    dtype: str = setting("float32", "dtype of the weights: float32, bfloat16 or float16")
+    dtype: str = setting("float32", "dtype that the model computes in (by autocast): float32 or bfloat16; weights stay in float32")
     device: str = setting("cpu", "where the model and the env live")
 
 
@@ -153,7 +153,7 @@ class Config:
         for name, choice, choices in (
             ("algorithm.ratio", self.algorithm.ratio, ("norm", "plain")),
             ("algorithm.old_log_prob", self.algorithm.old_log_prob, (None, "rollout", "recompute")),
-            ("model.dtype", self.model.dtype, ("float32", "bfloat16", "float16")),
+            ("model.dtype", self.model.dtype, ("float32", "bfloat16")),
         ):
             if choice not in choices:
                 raise ValueError(f"expected {name} to be one of {choices}, got {choice!r}")

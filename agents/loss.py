@@ -23,12 +23,12 @@ class Replay:
     Attributes:
         log_prob: `[N, K]` float32, of each token.
         entropy: `[N, K]` float32, of the distribution it was drawn from, in nats; carries no gradient.
-        velocity: `[N, W, L, C]` float32, at the stochastic steps.
+        velocity: `[N, W, L, C]` float32, at the stochastic steps; None if it was not asked for.
     """
 
     log_prob: Tensor
     entropy: Tensor
-    velocity: Tensor
+    velocity: Tensor | None
 
 
 def replay(
@@ -38,6 +38,7 @@ def replay(
     *,
     temperature: float = 1.0,
     through_context: bool = True,
+    look: bool = True,
 ) -> Replay:
     """Read recorded episodes once, teacher-forced: all tokens' log-probabilities and all stochastic steps' velocities from one context.
 
@@ -47,6 +48,7 @@ def replay(
         legal_tokens: `[V]` bool, as in the rollout.
         temperature: as in the rollout.
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
+        look: False leaves the velocities out, where text alone is learnt.
     """
     logits, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"])
     mask = episodes["text_mask"]
@@ -61,6 +63,8 @@ def replay(
         log_prob = nn.functional.pad(log_probs.gather(2, tokens[:, :longest, None])[..., 0], (0, tokens.shape[1] - longest))
         with torch.no_grad():
             entropy[:, :longest] = -(log_probs.exp() * log_probs.masked_fill(~legal_tokens, 0)).sum(-1)
+    if not look:
+        return Replay(log_prob, entropy, None)
     context = context if through_context else context.detach()
     latents, times = episodes["window_latents"][:, :-1], episodes["window_times"][:, :-1]
     velocity = model.velocity(context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten()).unflatten(0, times.shape)
@@ -143,14 +147,23 @@ class UniGRPOLoss(LossModule):
         Metrics: `entropy`, mean over chosen tokens, nats. `*_clip_fraction`, the share of ratios whose gradient the clip cuts off. `*_log_ratio`,
         the largest |log ratio|: rounding error alone before the first update on a batch.
         """
-        now = replay(self.model, tensordict, self.legal_tokens, temperature=self.temperature, through_context=self.through_context)
+        now = replay(
+            self.model,
+            tensordict,
+            self.legal_tokens,
+            temperature=self.temperature,
+            through_context=self.through_context,
+            look=bool(self.image_weight or self.velocity_weight),
+        )
         advantage, weight, chosen = tensordict["advantage"], tensordict["weight"], tensordict["chosen_mask"]
         text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, self.text_clip)
-        mean, std = window_means(tensordict, now.velocity, self.noise_level)
-        log_ratio = self.log_ratio(tensordict["window_latents"][:, 1:], mean, tensordict["window_means"], std)
+        log_ratio = torch.zeros_like(tensordict["window_times"][:, 1:])
+        if now.velocity is not None:
+            mean, std = window_means(tensordict, now.velocity, self.noise_level)
+            log_ratio = self.log_ratio(tensordict["window_latents"][:, 1:], mean, tensordict["window_means"], std)
         image = image_loss(log_ratio, advantage, self.image_clip)
         penalty = torch.zeros_like(image)
-        if self.velocity_weight:
+        if self.velocity_weight and now.velocity is not None:
             with torch.no_grad():
                 anchor = replay(self.reference, tensordict, self.legal_tokens).velocity
             penalty = velocity_mse(now.velocity, anchor)

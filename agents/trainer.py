@@ -102,7 +102,11 @@ class Trainer:
         if config.trainer.threads:
             torch.set_num_threads(config.trainer.threads)
         algorithm, trainer, optimizer = config.algorithm, config.trainer, config.optimizer
-        self.model = model if model is not None else load_model(config.model.name, dtype=config.model.dtype, device=config.model.device)
+        self.model = (model if model is not None else load_model(config.model.name)).to(config.model.device)
+        # Weights stay in float32: at a learning rate of 1e-6 an update would be lost in bfloat16's rounding.
+        self.autocast = torch.autocast(
+            torch.device(config.model.device).type, getattr(torch, config.model.dtype), enabled=config.model.dtype != "float32"
+        )
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.velocity_weight else None
         self.variant = build_variant(config.env)
         self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
@@ -136,6 +140,10 @@ class Trainer:
         Raises:
             UnscoredError: more than the allowed share of episodes had no score.
         """
+        with self.autocast:
+            return self._iterate()
+
+    def _iterate(self) -> dict[str, float]:
         began, trainer = time.perf_counter(), self.config.trainer
         seed = derived_seed(trainer.seed, self.iteration)
         episodes = self.collector.collect(self.variant.task.prompts("train", trainer.groups, seed), seed)
@@ -179,8 +187,9 @@ class Trainer:
             flat = groups.flatten(0, 1)
             old = replay(self.model, flat, self.loss.legal_tokens, temperature=self.loss.temperature)
             groups["log_prob"].copy_((old.log_prob * flat["chosen_mask"]).view_as(groups["log_prob"]))
-            means, _ = window_means(flat, old.velocity, self.loss.noise_level)
-            groups["window_means"].copy_(means.view_as(groups["window_means"]))
+            if old.velocity is not None:
+                means, _ = window_means(flat, old.velocity, self.loss.noise_level)
+                groups["window_means"].copy_(means.view_as(groups["window_means"]))
 
     def _update(self, parts: list[TensorDict]) -> dict[str, float]:
         """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
@@ -212,15 +221,16 @@ class Trainer:
         """The model on the held-out split; every `attempt` draws other noise."""
         settings = self.config.evaluation
         variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
-        return evaluate(
-            self.model,
-            variant,
-            self.held_out(),
-            temperature=0.0 if greedy else self.config.algorithm.temperature,
-            image_steps=settings.image_steps,
-            seed=settings.seed + attempt * settings.prompts,
-            device=self.config.model.device,
-        )
+        with self.autocast:
+            return evaluate(
+                self.model,
+                variant,
+                self.held_out(),
+                temperature=0.0 if greedy else self.config.algorithm.temperature,
+                image_steps=settings.image_steps,
+                seed=settings.seed + attempt * settings.prompts,
+                device=self.config.model.device,
+            )
 
     def held_out(self) -> list[Prompt]:
         return self.variant.task.prompts("test", self.config.evaluation.prompts, self.config.evaluation.seed)
@@ -249,7 +259,7 @@ class Trainer:
         """
         checkpoint = latest_checkpoint(Path(run))
         config = overrides(Config.from_dict(read_state(checkpoint)["config"]))
-        model = load_model(str(checkpoint / "model"), dtype=config.model.dtype, device=config.model.device)
+        model = load_model(str(checkpoint / "model"))
         trainer = cls(config, model)
         trainer.iteration = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.reference)["iteration"]
         return trainer

@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 
 def closest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message about an unknown name: near misses, then everything known."""
+    """The end of an error message about an unknown name: near misses, and everything known unless that is long."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return (f"did you mean {' or '.join(map(repr, near))}? " if near else "") + f"Known: {', '.join(sorted(known)) or 'none'}"
+    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return guess if near and len(known) > 12 else f"{guess}Known: {', '.join(sorted(known)) or 'none'}"
 
 
 class Registry(Generic[T]):

@@ -135,19 +135,24 @@ def judge(layout: Sequence[int], metadata: Mapping[str, Any]) -> Verdict:
     return Verdict(requirements)
 
 
-def verdicts(episodes: EpisodeBatch) -> list[Verdict]:
-    """A verdict an episode, on its last picture."""
+def verdicts(episodes: EpisodeBatch) -> list[Verdict | None]:
+    """A verdict an episode, on its last picture; None for a prompt that says nothing of what is required."""
     layouts = read(episodes.images).tolist()
-    return [judge(layout, metadata) for layout, metadata in zip(layouts, episodes.metadata, strict=True)]
+    return [judge(layout, known) if "objects" in known else None for layout, known in zip(layouts, episodes.metadata, strict=True)]
+
+
+def _strict_and_score(episodes: EpisodeBatch) -> tuple[Tensor, Tensor]:
+    found = verdicts(episodes)
+    return tuple(torch.tensor([getattr(v, part) if v else torch.nan for v in found]) for part in ("strict", "score"))  # type: ignore[return-value]
 
 
 def shapes(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """1 if the picture meets every requirement of the prompt, else 0; `score` (share of requirements met) is logged beside it."""
-    found = verdicts(episodes)
-    return {"reward": torch.tensor([v.strict for v in found]), "score": torch.tensor([v.score for v in found])}
+    strict, score = _strict_and_score(episodes)
+    return {"reward": strict, "score": score}
 
 
 def shapes_score(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """The share of the prompt's requirements that the picture meets; `strict` (all of them) is logged beside it."""
-    found = verdicts(episodes)
-    return {"reward": torch.tensor([v.score for v in found]), "strict": torch.tensor([v.strict for v in found])}
+    strict, score = _strict_and_score(episodes)
+    return {"reward": score, "strict": strict}

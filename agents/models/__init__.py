@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from agents.models.bagel import Bagel, BagelConfig
 from agents.models.files import read_config
 from agents.models.seam import UnifiedModel
@@ -23,27 +21,23 @@ MODELS.add("tiny", lambda: Bagel.from_pretrained(TINY))
 MODELS.add("toy", lambda: ToyModel())
 
 
-def load_model(name: str, *, dtype: str = "float32", device: str = "cpu") -> UnifiedModel[Any]:
+def load_model(name: str) -> UnifiedModel[Any]:
     """A registered model, or a folder written by `save_pretrained`.
 
     Args:
         name: `tiny`, `toy`, another registered name, or a path.
-        dtype: of the weights: `float32`, `bfloat16` or `float16`.
-        device: where they go.
 
     Raises:
         ValueError: neither a name nor a folder, or a folder that is damaged or another program's.
     """
     if name in MODELS:
-        model = MODELS[name]()
-    elif Path(name).is_dir():
-        kind = read_config(Path(name)).get("model")
-        if kind not in CLASSES:
-            raise ValueError(f"{name} holds a model of kind {kind!r}; expected one of {sorted(CLASSES)}")
-        model = CLASSES[kind].from_pretrained(name)
-    else:
+        return MODELS[name]()
+    if not Path(name).is_dir():
         raise ValueError(f"{name!r} is neither a known model nor a folder; {closest(name, list(MODELS))}, or the path of a saved model")
-    return model.to(device=device, dtype=getattr(torch, dtype))
+    kind = read_config(Path(name)).get("model")
+    if kind not in CLASSES:
+        raise ValueError(f"{name} holds a model of kind {kind!r}; expected one of {sorted(CLASSES)}")
+    return CLASSES[kind].from_pretrained(name)
 
 
 __all__ = ["MODELS", "TINY", "Bagel", "BagelConfig", "ToyConfig", "ToyModel", "UnifiedModel", "load_model"]

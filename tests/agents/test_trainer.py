@@ -63,8 +63,10 @@ def test_old_log_probs_recomputed_are_the_training_forward(small_bagel, tmp_path
 def test_half_precision_recomputes_by_itself(small_bagel, tmp_path):
     config = load_config("unigrpo", [f"output.folder={tmp_path}", "trainer.groups=2", "trainer.group_size=2", "env.text_budget=4", "env.image_steps=6",
                                      "env.reward=mean_red", "model.dtype=bfloat16", "algorithm.text_clip=0.01"])  # fmt: skip
-    trainer = Trainer(config, small_bagel.bfloat16())
+    trainer = Trainer(config, small_bagel)
+    assert trainer.recompute
     metrics = trainer.iterate()
+    assert next(small_bagel.parameters()).dtype == torch.float32
     assert metrics["text_log_ratio"] < 1e-3
     assert metrics["image_log_ratio"] < 1e-5
     assert metrics["image_grad_norm"] > 0
