@@ -87,7 +87,7 @@ class TrainerSettings:
     iterations: int = setting(120, "rounds of collecting and updating")
     groups: int = setting(8, "prompts an iteration")
     group_size: int = setting(8, "episodes a prompt")
-    minibatches: int = setting(1, "disjoint parts of an iteration's groups, one update each")
+    minibatches: int = setting(2, "disjoint parts of an iteration's groups, one update each")
     micro_batches: int = setting(1, "parts in which an update's gradient is summed up; changes memory, not the update")
     seed: int = setting(0, "everything random is drawn from it")
     max_unscored: float = setting(0.25, "share of episodes without a score at which the run stops")

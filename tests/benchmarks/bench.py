@@ -162,7 +162,7 @@ class Bare:
 
 
 def make_trainer(**overrides: object) -> Trainer:
-    settings = {"optimizer.text_lr": 1e-9, "optimizer.image_lr": 1e-9, "output.folder": "outputs/bench"} | overrides
+    settings = {"trainer.minibatches": 1, "optimizer.text_lr": 1e-9, "optimizer.image_lr": 1e-9, "output.folder": "outputs/bench"} | overrides
     return Trainer(load_config("unigrpo", [f"{name}={value}" for name, value in settings.items()]))
 
 
