@@ -161,7 +161,7 @@ class Actor:
             token = log_probs.argmax(-1)
         else:
             mass = log_probs.double().exp().cumsum(-1)
-            drawn = self._uniform.gather(1, observation["num_tokens"][:, None])
+            drawn = self._uniform.gather(1, observation["num_tokens"][:, None].clamp(max=len(self._places) - 1))
             token = (mass < drawn * mass[:, -1:]).sum(-1)
         return Decision(active, token, observation["latent"], log_prob=log_probs.gather(1, token[:, None])[:, 0])
 

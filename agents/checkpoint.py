@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models import UnifiedModel
-from agents.models.files import load_weights, read_tensors, write_json, write_tensors
+from agents.models.files import WEIGHTS, check_weights, load_weights, read_tensors, write_json, write_tensors
 
 STATE = "state.json"
 
@@ -42,7 +42,7 @@ def save_checkpoint(
         folder: holds all checkpoints of a run.
         model: what is trained; written with `save_pretrained`.
         optimizer: its tensors go to safetensors, its groups to JSON.
-        reference: the frozen model of the velocity penalty.
+        reference: the frozen model of the velocity penalty, if there is one.
         state: anything JSON; `iteration` names the checkpoint.
         keep: how many to keep, at least 1.
     """
@@ -60,17 +60,23 @@ def save_checkpoint(
     )
     randomness, torch_state = _random_state()
     write_tensors({"torch": torch_state}, part / "random.safetensors")
-    write_json(state | {"optimizer_groups": saved["param_groups"], "random": randomness}, part / STATE)
-    shutil.rmtree(place, ignore_errors=True)
+    write_json(state | {"random": randomness}, part / STATE)
+    if place.exists():  # an older branch of the run came this far: move it away whole before it goes
+        stale = folder / f"{place.name}.stale"
+        shutil.rmtree(stale, ignore_errors=True)
+        place.replace(stale)
     part.replace(place)
-    for old in checkpoints(folder)[: -max(keep, 1)]:
+    for stale in folder.glob("*.stale"):
+        shutil.rmtree(stale)
+    later = [path for path in checkpoints(folder) if path.name > place.name]
+    for old in later + [path for path in checkpoints(folder) if path not in later][: -max(keep, 1)]:
         shutil.rmtree(old)
     return place
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("[0-9]*") if (path / STATE).is_file() and path.suffix != ".part")
+    return sorted(path for path in folder.glob("[0-9]*") if path.name.isdigit() and (path / STATE).is_file())
 
 
 def latest_checkpoint(folder: Path) -> Path:
@@ -87,7 +93,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Raises ValueError if the checkpoint is damaged or another program's."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
-        for key in ("iteration", "config", "optimizer_groups", "random"):
+        for key in ("iteration", "config", "random"):
             state[key]
         return state
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -103,17 +109,30 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         ValueError: a damaged, truncated or foreign checkpoint; nothing has changed then.
     """
     state = read_state(checkpoint)
-    weights = read_tensors(checkpoint / "model" / "model.safetensors")
-    moments = read_tensors(checkpoint / "optimizer.safetensors")
+    weights = read_tensors(checkpoint / "model" / WEIGHTS)
     anchor = read_tensors(checkpoint / "reference.safetensors") if reference is not None else {}
-    torch_state = read_tensors(checkpoint / "random.safetensors")["torch"]
-    load_weights(model, weights, str(checkpoint))
+    moments = _read_moments(checkpoint / "optimizer.safetensors", optimizer)
+    torch_state = read_tensors(checkpoint / "random.safetensors").get("torch")
+    if torch_state is None:
+        raise ValueError(f"{checkpoint / 'random.safetensors'} holds no random state; it is from another program")
+    check_weights(model, weights, str(checkpoint))
     if reference is not None:
         load_weights(reference, anchor, str(checkpoint / "reference.safetensors"))
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, value in moments.items():
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer_groups"]})
+    load_weights(model, weights, str(checkpoint))
+    # The settings of this run decide its learning rates and betas; what was saved are the moments.
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     _set_random_state(state["random"], torch_state)
     return state
+
+
+def _read_moments(path: Path, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state by the number of the parameter; raises ValueError unless every entry fits its parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in read_tensors(path).items():
+        index, _, key = name.partition(".")
+        fits = index.isdigit() and int(index) < len(parameters) and key in ("step", "exp_avg", "exp_avg_sq")
+        if not fits or (key != "step" and value.shape != parameters[int(index)].shape):
+            raise ValueError(f"{path}: {name} {list(value.shape)} fits no parameter of this model; it is from another run or program")
+        entries.setdefault(int(index), {})[key] = value
+    return entries

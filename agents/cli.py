@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
+from rich.markup import escape
+
+from rewards import UnscoredError
 
 Parser = argparse.ArgumentParser
 
@@ -49,7 +52,7 @@ def _parser() -> Parser:
         if with_settings:
             from agents.config import config_names
 
-            sub.add_argument("--config", default="unigrpo", help=f"one of: {', '.join(config_names())}")
+            sub.add_argument("--config", help=f"one of: {', '.join(config_names())} [unigrpo]")
             sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings to change, listed below")
         return sub
 
@@ -85,28 +88,25 @@ def _parser() -> Parser:
 
 
 def _train(args: argparse.Namespace, console: Console) -> None:
-    from agents.config import Config, load_config
+    from agents.config import Config, load_config, override_config
     from agents.run import run
     from agents.trainer import Trainer
 
     if args.resume:
-        trainer = Trainer.resume(args.resume, lambda config: Config.from_dict(_overridden(config.to_dict(), args.overrides)))
+        if args.config is not None:
+            raise ValueError("expected --config or --resume, got both: a resumed run keeps its config; change single settings instead")
+
+        def change(config: Config) -> Config:
+            changed = override_config(config, args.overrides)
+            changed.output.imports = list(dict.fromkeys([*changed.output.imports, *args.imports]))
+            return changed
+
+        trainer = Trainer.resume(args.resume, change)
     else:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config or "unigrpo", args.overrides)
         config.output.imports = [*config.output.imports, *args.imports]
         trainer = Trainer(config)
     run(trainer, console)
-
-
-def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Saved settings with some of them changed."""
-    from agents.config import load_config
-
-    changed = load_config("unigrpo", overrides).to_dict()
-    for override in overrides:
-        section, key = override.split("=")[0].split(".")
-        values[section][key] = changed[section][key]
-    return values
 
 
 def _evaluate(args: argparse.Namespace, console: Console) -> None:
@@ -115,7 +115,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
     from agents.models.files import write_json
     from agents.trainer import Trainer
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config or "unigrpo", args.overrides)
     config.output.imports = [*config.output.imports, *args.imports]
     trainer = Trainer(config)
     figures: dict[str, Any] = {}
@@ -233,13 +233,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         {"train": _train, "evaluate": _evaluate, "sample": _sample, "pretrain": _pretrain, "list": _list}[args.command](args, console)
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError, UnscoredError) as error:
         if getattr(error, "__notes__", None):
             raise  # a reward's own error, with its traceback
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; go on with --resume and the run's folder")
+        Console(stderr=True).print("stopped; a run that has saved a checkpoint goes on with: unigrpo train --resume FOLDER")
         return 130
     return 0
 

@@ -59,6 +59,7 @@ class Collector:
     | `window_latents` | `[W + 1, L, C]` float32 | x before each stochastic step, and after the last |
     | `window_means` | `[W, L, C]` float32 | mean of each step's Gaussian, by the policy that drew |
     | `window_times` | `[W + 1]` float32 | flow times of `window_latents`, falling |
+    | `has_image` | bool | whether there is one; without, the image's entries hold nothing |
     | `latent` | `[L, C]` float32 | the finished image |
     | `reward` | float32 | NaN where the episode could not be scored |
     | `group`, `seed` | int64 | group's id; what the episode's noise was drawn from |
@@ -121,7 +122,8 @@ class Collector:
             "chosen_mask": torch.zeros(rows, words, dtype=torch.bool, device=device),
             "window_latents": torch.zeros(rows, size + 1, *rules.latent_shape, device=device),
             "window_means": torch.zeros(rows, size, *rules.latent_shape, device=device),
-            "window_times": torch.zeros(rows, size + 1, device=device),
+            # Any falling times will do until the real ones are written: they keep an episode without an image from dividing by zero.
+            "window_times": torch.linspace(0.9, 0.5, size + 1, device=device).repeat(rows, 1),
         }
 
     def _write(self, record: dict[str, Tensor], observation: dict[str, Tensor], decision: Decision) -> None:
@@ -159,3 +161,4 @@ class Collector:
         record["text_mask"] = words < said
         record["tokens"] = tokens.gather(1, (lengths[:, None] + words).clamp_(max=tokens.shape[1] - 1)).masked_fill(words >= said, 0)
         record["latent"] = observation["latent"].clone()
+        record["has_image"] = observation["step"] > 0

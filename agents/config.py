@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,6 +33,7 @@ class EnvSettings:
     variant: str = setting("text_to_image", "registered variant of the env")
     reward: str = setting("", "reward by name, or a sum such as 'shapes + 0.1 * brevity'; empty: the variant's own")
     prompts: str | None = setting(None, "prompt file (.txt or .jsonl) in place of the variant's task")
+    prompt_budget: int | None = setting(None, "tokens of a prompt at most, marks included; empty: the variant's own")
     text_budget: int | None = setting(None, "tokens of thought at most; empty: the variant's own")
     image_steps: int | None = setting(None, "denoising steps of a rollout; empty: the variant's own")
     time_shift: float | None = setting(None, "shift of the time grid towards noise; empty: the variant's own")
@@ -99,7 +102,7 @@ class EvaluationSettings:
     """The fixed held-out split."""
 
     prompts: int = setting(256, "held-out prompts")
-    seed: int = setting(1_000_000, "of the episodes' noise")
+    seed: int = setting(1_000_000, "of the choice of prompts and of the episodes' noise")
     reward: str = setting("", "what counts as accuracy; empty: the variant's own reward")
     image_steps: int | None = setting(None, "denoising steps; empty: as in training")
     every: int = setting(25, "iterations between evaluations in the run; 0: before and after only")
@@ -150,6 +153,15 @@ class Config:
             raise ValueError(
                 f"expected trainer.groups={trainer.groups} to be a multiple of minibatches x micro_batches = {trainer.minibatches * trainer.micro_batches}"
             )
+        algorithm = self.algorithm
+        for name, number, low, high in (
+            ("algorithm.text_clip", algorithm.text_clip, 0, 1),
+            ("algorithm.image_clip", algorithm.image_clip, 0, 1),
+            ("algorithm.noise_level", algorithm.noise_level, 0, math.inf),
+            ("algorithm.temperature", algorithm.temperature, 0, math.inf),
+        ):
+            if not low < number < high:
+                raise ValueError(f"expected {low} < {name} < {high}, got {number}")
         for name, choice, choices in (
             ("algorithm.ratio", self.algorithm.ratio, ("norm", "plain")),
             ("algorithm.old_log_prob", self.algorithm.old_log_prob, (None, "rollout", "recompute")),
@@ -188,6 +200,24 @@ def config_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in files("agents.configs").iterdir() if entry.name.endswith(".yaml"))
 
 
+def _check_keys(overrides: Sequence[str]) -> None:
+    known = [key for key, _ in settings()]
+    for override in overrides:
+        key = re.split(r"[=\s]", override, maxsplit=1)[0]
+        if "=" not in override or key not in known:
+            raise ValueError(f"unknown setting {key!r}; expected section.key=value; {closest(key, known)}")
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with some settings changed, in hydra's grammar; raises as `load_config`."""
+    _check_keys(overrides)
+    values = config.to_dict()
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        section, key = override.key_or_group.split(".")
+        values[section][key] = override.value()
+    return Config.from_dict(values)
+
+
 def load_config(name: str = "unigrpo", overrides: Sequence[str] = ()) -> Config:
     """Compose a config.
 
@@ -200,11 +230,7 @@ def load_config(name: str = "unigrpo", overrides: Sequence[str] = ()) -> Config:
     """
     if name not in config_names():
         raise ValueError(f"unknown config {name!r}; {closest(name, config_names())}")
-    known = [key for key, _ in settings()]
-    for override in overrides:
-        key = re.split(r"[=\s]", override, maxsplit=1)[0].lstrip("+~")
-        if "=" not in override or key not in known:
-            raise ValueError(f"unknown setting {key!r}; expected section.key=value; {closest(key, known)}")
+    _check_keys(overrides)
     try:
         with initialize_config_module("agents.configs", version_base="1.3"):
             composed = compose(name, list(overrides))

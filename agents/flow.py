@@ -6,7 +6,6 @@ latents are reduced by the **mean** over latent tokens and values, which sets th
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +54,6 @@ def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level
     keep = 1 + variance / (2 * t) * dt
     push = (1 + variance * (1 - t) / (2 * t)) * dt
     return FlowStep(torch.addcmul(_column(keep, x) * x, _column(push, x), velocity), (variance * -dt).sqrt())
-
-
-def gaussian_log_prob(sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(sample; mean, std^2), averaged over latent tokens and values: `[...]` for latents `[..., L, C]` and std `[...]`."""
-    spread = _column(std, mean)
-    log_density = -((sample.float() - mean) ** 2) / (2 * spread**2) - spread.log() - 0.5 * math.log(2 * math.pi)
-    return log_density.mean((-2, -1))
 
 
 @dataclass(frozen=True)

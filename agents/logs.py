@@ -31,15 +31,17 @@ class RunLog:
     def __init__(self, folder: Path, *, tensorboard: bool, wandb: str | None, settings: dict[str, Any], first_iteration: int = 0) -> None:
         self.path = folder / CSV
         kept = [row for row in read_metrics(folder) if row["iteration"] <= first_iteration] if first_iteration else []
-        with self.path.open("w", newline="") as file:
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, ["iteration", *METRICS])
             writer.writeheader()
             writer.writerows([{**row, "iteration": int(row["iteration"])} for row in kept])
+        part.replace(self.path)
         self._events = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_iteration or None)
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_iteration + 1 if first_iteration else None)
         self._wandb = None
         if wandb is not None:
             try:
@@ -81,4 +83,5 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        whole = [row for row in csv.DictReader(file) if None not in row.values()]  # a run that was killed may leave half a line
+    return [{name: float(value) for name, value in row.items()} for row in whole]

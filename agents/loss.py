@@ -106,7 +106,7 @@ class UniGRPOLoss(LossModule):
 
     in_keys = (
         "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob",
-        "window_latents", "window_means", "window_times", "advantage", "weight",
+        "window_latents", "window_means", "window_times", "has_image", "advantage", "weight",
     )  # fmt: skip
     out_keys = (
         "loss_text", "loss_image", "loss_velocity",
@@ -161,12 +161,14 @@ class UniGRPOLoss(LossModule):
         if now.velocity is not None:
             mean, std = window_means(tensordict, now.velocity, self.noise_level)
             log_ratio = self.log_ratio(tensordict["window_latents"][:, 1:], mean, tensordict["window_means"], std)
+            log_ratio = torch.where(tensordict["has_image"][:, None], log_ratio, 0)
         image = image_loss(log_ratio, advantage, self.image_clip)
         penalty = torch.zeros_like(image)
         if self.velocity_weight and now.velocity is not None:
             with torch.no_grad():
                 anchor = replay(self.reference, tensordict, self.legal_tokens).velocity
-            penalty = velocity_mse(now.velocity, anchor)
+            assert anchor is not None
+            penalty = torch.where(tensordict["has_image"], velocity_mse(now.velocity, anchor), 0)
         text_log_ratio = torch.where(chosen, now.log_prob - tensordict["log_prob"], 0).detach()
         everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
         image_log_ratio = log_ratio.detach()

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from agents.display import Display
-from agents.evaluation import Evaluation, evaluate
+from agents.evaluation import Evaluation
 from agents.logs import RunLog, read_metrics
 from agents.models.files import read_tensors, write_json, write_tensors
 from agents.report import before_and_after, contact_sheet, write_report
@@ -123,13 +123,7 @@ class Run:
     def _draw_samples(self) -> None:
         """A sheet of what the model thinks and draws now."""
         trainer = self.trainer
-        found = evaluate(
-            trainer.model,
-            trainer.variant,
-            trainer.held_out()[: self.output.samples],
-            seed=trainer.config.evaluation.seed,
-            device=trainer.config.model.device,
-        )
+        found = trainer.evaluate(prompts=self.output.samples)
         (self.folder / "samples").mkdir(exist_ok=True)
         sheet = contact_sheet(found)
         sheet.save(self.folder / "samples" / f"{trainer.iteration:06d}.png")

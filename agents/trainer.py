@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from agents.flow import Window
 from agents.loss import UniGRPOLoss, replay, window_means
 from agents.models import UnifiedModel, load_model
 from agents.objectives import group_advantage, groups_with_signal
+from rewards import UnscoredError
 from unigrpo_env.episodes import Variant
 from unigrpo_env.tasks import Prompt, PromptFile
 from unigrpo_env.variants import make_variant
@@ -43,7 +45,7 @@ METRICS = {
     "entropy": "mean entropy of the token distribution, nats; falling fast means the text stops exploring",
     "text_clip_fraction": "share of tokens whose gradient the clip cut off; 0 while one update is made a batch",
     "image_clip_fraction": "the same for stochastic image steps",
-    "text_log_ratio": "largest |log ratio| of a token; rounding error alone before an iteration's first update",
+    "text_log_ratio": "largest |log ratio| of a token before the iteration's first update: rounding error alone",
     "image_log_ratio": "the same for image steps",
     "loss_text": "text term of the loss; its gradient matters, not its value",
     "loss_image": "image term of the loss; likewise",
@@ -55,13 +57,13 @@ METRICS = {
 """What each number of an iteration means."""
 
 
-class UnscoredError(RuntimeError):
-    """Too many episodes without a score: training on would train on a bug."""
-
-
 def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
     """The scenario that the settings name, with `reward` in place of theirs if given."""
-    rules = {name: getattr(settings, name) for name in ("text_budget", "image_steps", "time_shift") if getattr(settings, name) is not None}
+    rules = {
+        name: getattr(settings, name)
+        for name in ("prompt_budget", "text_budget", "image_steps", "time_shift")
+        if getattr(settings, name) is not None
+    }
     variant = make_variant(settings.variant, reward=reward or settings.reward or None, **rules)
     return variant if settings.prompts is None else dataclasses.replace(variant, task=PromptFile(settings.prompts))
 
@@ -104,9 +106,7 @@ class Trainer:
         algorithm, trainer, optimizer = config.algorithm, config.trainer, config.optimizer
         self.model = (model if model is not None else load_model(config.model.name)).to(config.model.device)
         # Weights stay in float32: at a learning rate of 1e-6 an update would be lost in bfloat16's rounding.
-        self.autocast = torch.autocast(
-            torch.device(config.model.device).type, getattr(torch, config.model.dtype), enabled=config.model.dtype != "float32"
-        )
+        self.model.compute_dtype = getattr(torch, config.model.dtype)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.velocity_weight else None
         self.variant = build_variant(config.env)
         self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
@@ -140,26 +140,23 @@ class Trainer:
         Raises:
             UnscoredError: more than the allowed share of episodes had no score.
         """
-        with self.autocast:
-            return self._iterate()
-
-    def _iterate(self) -> dict[str, float]:
         began, trainer = time.perf_counter(), self.config.trainer
         seed = derived_seed(trainer.seed, self.iteration)
         episodes = self.collector.collect(self.variant.task.prompts("train", trainer.groups, seed), seed)
         metrics = self._compare(episodes)
-        if self.recompute:
-            self._recompute(episodes)
         self.buffer.empty()
         self.buffer.set_rng(torch.Generator().manual_seed(seed))
         self.buffer.extend(episodes)
-        sums: dict[str, float] = {}
-        parts = list(self.buffer)
-        for start in range(0, len(parts), trainer.micro_batches):
-            for name, value in self._update(parts[start : start + trainer.micro_batches]).items():
-                sums[name] = sums.get(name, 0.0) + value / trainer.minibatches
+        parts = [part.flatten(0, 1).to(self.config.model.device) for part in self.buffer]
+        if self.recompute:
+            self._recompute(parts)
+        size = trainer.micro_batches
+        updates = [self._update(parts[start : start + size]) for start in range(0, len(parts), size)]
+        for name in updates[0]:
+            # Ratios are rounding error before an iteration's first update alone, so that update is the one to show.
+            shown = updates[:1] if name.endswith("log_ratio") else updates
+            metrics[name] = sum(update[name] for update in shown) / len(shown)
         self.iteration += 1
-        metrics |= sums
         metrics["episodes_per_second"] = self.env.num_envs / (time.perf_counter() - began)
         return {name: metrics[name] for name in METRICS}
 
@@ -181,32 +178,41 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _recompute(self, episodes: TensorDict) -> None:
-        """Old log-probs and means by the training forward, where the rollout's differ by more than the clip range allows."""
-        for groups in episodes.split(self.buffer.batch_size, 0):
-            flat = groups.flatten(0, 1)
-            old = replay(self.model, flat, self.loss.legal_tokens, temperature=self.loss.temperature)
-            groups["log_prob"].copy_((old.log_prob * flat["chosen_mask"]).view_as(groups["log_prob"]))
+    def _recompute(self, parts: list[TensorDict]) -> None:
+        """Old log-probs and means by the training forward, on the batches of the update: in low precision another batch shape is another number."""
+        for part in parts:
+            old = replay(self.model, part, self.loss.legal_tokens, temperature=self.loss.temperature)
+            part["log_prob"] = torch.where(part["chosen_mask"], old.log_prob, 0)
             if old.velocity is not None:
-                means, _ = window_means(flat, old.velocity, self.loss.noise_level)
-                groups["window_means"].copy_(means.view_as(groups["window_means"]))
+                part["window_means"], _ = window_means(part, old.velocity, self.loss.noise_level)
 
     def _update(self, parts: list[TensorDict]) -> dict[str, float]:
-        """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
-        flat = [part.flatten(0, 1) for part in parts]
-        scored = sum(int((~part["reward"].isnan()).sum()) for part in flat)
+        """One optimiser step on one mini-batch, its gradient summed over micro-batches.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights have not changed.
+        """
+        scored = sum(int((~part["reward"].isnan()).sum()) for part in parts)
         metrics: dict[str, float] = {}
         self.optimizer.zero_grad()
-        for part in flat:
+        for part in parts:
             part["weight"] = (~part["reward"].isnan()).float() / max(scored, 1)
             out = self.loss(part)
             (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
-            for name, value in out.items():
-                share = 1.0 if name.startswith("loss_") else 1 / len(flat)
-                metrics[name] = metrics.get(name, 0.0) + share * float(value.detach())
+            for name, tensor in out.items():
+                value, known = float(tensor.detach()), metrics.get(name, 0.0)
+                if name.endswith("log_ratio"):
+                    metrics[name] = max(known, value)
+                else:
+                    metrics[name] = known + (value if name.startswith("loss_") else value / len(parts))
         for group, (expert, parameters) in zip(self.optimizer.param_groups, self.experts.items(), strict=True):
-            norm = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
-            metrics[f"{expert}_grad_norm"] = float(norm)
+            norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
+            if not math.isfinite(norm):
+                raise FloatingPointError(
+                    f"the gradient of the {expert} expert is {norm} in iteration {self.iteration + 1}; the weights are as before it. "
+                    "Lower the learning rates, or look at the reward and the noise level"
+                )
+            metrics[f"{expert}_grad_norm"] = norm
             group["lr"] = self.rates[expert] * self._schedule()
         self.optimizer.step()
         return metrics
@@ -217,20 +223,19 @@ class Trainer:
         rise = min(1.0, (self.iteration + 1) / max(optimizer.warmup, 1))
         return rise * (1 - (1 - optimizer.decay) * self.iteration / total)
 
-    def evaluate(self, *, greedy: bool = False, attempt: int = 0) -> Evaluation:
-        """The model on the held-out split; every `attempt` draws other noise."""
+    def evaluate(self, *, greedy: bool = False, attempt: int = 0, prompts: int | None = None) -> Evaluation:
+        """The model on the held-out split, or on the first `prompts` of it; every `attempt` draws other noise."""
         settings = self.config.evaluation
         variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
-        with self.autocast:
-            return evaluate(
-                self.model,
-                variant,
-                self.held_out(),
-                temperature=0.0 if greedy else self.config.algorithm.temperature,
-                image_steps=settings.image_steps,
-                seed=settings.seed + attempt * settings.prompts,
-                device=self.config.model.device,
-            )
+        return evaluate(
+            self.model,
+            variant,
+            self.held_out()[:prompts],
+            temperature=0.0 if greedy else self.config.algorithm.temperature,
+            image_steps=settings.image_steps,
+            seed=settings.seed + attempt * settings.prompts,
+            device=self.config.model.device,
+        )
 
     def held_out(self) -> list[Prompt]:
         return self.variant.task.prompts("test", self.config.evaluation.prompts, self.config.evaluation.seed)
@@ -259,6 +264,8 @@ class Trainer:
         """
         checkpoint = latest_checkpoint(Path(run))
         config = overrides(Config.from_dict(read_state(checkpoint)["config"]))
+        config.output.folder = str(checkpoint.parents[1])
+        import_modules(config.output.imports)
         model = load_model(str(checkpoint / "model"))
         trainer = cls(config, model)
         trainer.iteration = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.reference)["iteration"]

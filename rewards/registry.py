@@ -126,6 +126,10 @@ def register_reward(name: str) -> Callable[[Reward], Reward]:
     return register
 
 
+class UnscoredError(RuntimeError):
+    """Too many episodes without a score: training on would train on a bug."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a batch of episodes is worth.
@@ -149,7 +153,7 @@ def parse_weights(text: str) -> dict[str, float]:
     for term in text.split("+"):
         factor, _, name = term.rpartition("*")
         try:
-            weights[name.strip()] = float(factor) if factor.strip() else 1.0
+            weights[name.strip()] = weights.get(name.strip(), 0.0) + (float(factor) if factor.strip() else 1.0)
         except ValueError:
             raise ValueError(f"expected a reward such as 'shapes + 0.1 * brevity', got {text!r}: {factor.strip()!r} is no number") from None
     return weights
@@ -160,13 +164,12 @@ class WeightedReward:
 
     Args:
         weights: a name, a sum as for `parse_weights`, a callable, or a mapping from names to weights.
-        lowest: what an episode that drew nothing is worth; it must not beat any picture, or leaving early becomes the exploit.
 
     Raises:
         ValueError: an unknown name, no reward at all, or a weight that is not finite.
     """
 
-    def __init__(self, weights: str | Reward | Mapping[str, float], lowest: float = 0.0) -> None:
+    def __init__(self, weights: str | Reward | Mapping[str, float]) -> None:
         if callable(weights):
             self._parts = [(getattr(weights, "__name__", type(weights).__name__), weights, 1.0)]
         else:
@@ -177,7 +180,6 @@ class WeightedReward:
         for name, _, weight in self._parts:
             if weight != weight or abs(weight) == float("inf"):
                 raise ValueError(f"expected a finite weight for reward {name!r}, got {weight}")
-        self.lowest = lowest
 
     def __call__(self, episodes: EpisodeBatch) -> Scores:
         """Score finished episodes.
@@ -191,15 +193,14 @@ class WeightedReward:
         for name, reward, weight in self._parts:
             try:
                 result = reward(episodes)
+                named = dict(result) if isinstance(result, Mapping) else {"reward": result}
+                if "reward" not in named:
+                    raise ValueError(f"reward {name!r} returned the components {sorted(named)}; expected one of them to be 'reward'")
+                parts = {part: _per_episode(values, f"{name}/{part}", len(episodes)) for part, values in named.items()}
             except Exception as error:
                 error.add_note(f"raised by reward {name!r} on {len(episodes)} episodes")
                 raise
-            named = dict(result) if isinstance(result, Mapping) else {"reward": result}
-            if "reward" not in named:
-                raise ValueError(f"reward {name!r} returned the components {sorted(named)}; expected one of them to be 'reward'")
-            for part, values in named.items():
-                label = name if part == "reward" else f"{name}/{part}"
-                components[label] = _per_episode(values, label, len(episodes))
+            components |= {name if part == "reward" else f"{name}/{part}": values for part, values in parts.items()}
             total = total + weight * components[name]
         return Scores(total, components)
 

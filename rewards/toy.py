@@ -12,12 +12,12 @@ LEVELS = (0.25, 0.75)
 
 
 def toy(episodes: EpisodeBatch) -> dict[str, Tensor]:
-    """Half for the right word, half for a grey near the one asked for: `0.5 [word] + 0.5 (1 - |grey - level|)`.
+    """Half for ending on the right word, half for a grey near the one asked for: `0.5 [word] + 0.5 (1 - |grey - level|)`.
 
     The greatest value is 1: the word of the prompt, and every pixel at its level.
     """
     answers = [str(metadata["answer"]) for metadata in episodes.metadata]
     levels = torch.tensor([LEVELS[("dark", "light").index(answer)] for answer in answers])
-    word = torch.tensor([float(text.split()[:1] == [answer]) for text, answer in zip(episodes.texts, answers, strict=True)])
+    word = torch.tensor([float(text.split()[-1:] == [answer]) for text, answer in zip(episodes.texts, answers, strict=True)])
     grey = 1 - (episodes.images.float().cpu().mean((1, 2, 3)) - levels).abs()
     return {"reward": 0.5 * word + 0.5 * grey, "word": word, "grey": grey}

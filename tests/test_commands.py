@@ -68,7 +68,7 @@ def test_a_reward_from_a_module_of_the_user(tmp_path, monkeypatch, capsys):
         "from rewards import register_reward\n@register_reward('my_reward')\ndef my_reward(episodes):\n    return [float(len(t)) for t in episodes.texts]\n"
     )
     monkeypatch.chdir(tmp_path)
-    arguments = ["trainer.iterations=1", "trainer.groups=1", "trainer.group_size=2", "evaluation.prompts=4", "output.tensorboard=false"]
+    arguments = ["trainer.iterations=1", "trainer.groups=2", "trainer.group_size=2", "evaluation.prompts=4", "output.tensorboard=false"]
     assert main(["train", "--import", "my_rewards_module", "env.reward=my_reward", *arguments]) == 0
     assert "outputs/run/report.html" in capsys.readouterr().out
 

@@ -43,6 +43,7 @@ class Variant:
         tokenizer: text to tokens and back.
         decode: latents to pictures.
         reward: a registered name, a callable, or weights by name.
+        lowest_reward: of an episode that ends without a picture; no picture may be worth less, or leaving becomes the exploit.
         system_prompt: a text segment of its own before every prompt.
     """
 
@@ -51,6 +52,7 @@ class Variant:
     tokenizer: Tokenizer
     decode: Decoder
     reward: str | Reward | Mapping[str, float]
+    lowest_reward: float = 0.0
     system_prompt: str = ""
 
 
@@ -131,7 +133,7 @@ class Episodes:
         if len(ended) == 0:
             return StepResult(reward, ended)
         has_image = state.images_drawn.cpu()[ended] > 0
-        reward[ended[~has_image]] = self.reward.lowest
+        reward[ended[~has_image]] = self.variant.lowest_reward
         rows = ended[has_image]
         if len(rows) == 0:
             return StepResult(reward, ended)

@@ -32,7 +32,7 @@ class PromptFile:
 
     Args:
         path: the file.
-        test_share: the share of lines, taken evenly, that is kept for evaluation (at least one line).
+        test_share: the share of different lines, taken evenly, that is kept for evaluation (at least one; a file of one line serves both).
 
     Raises:
         ValueError: no such file, an empty file, or a line that is no prompt.
@@ -43,7 +43,8 @@ class PromptFile:
         if not path.is_file():
             raise ValueError(f"expected a prompt file, found none at {path}; check the path")
         lines = [line.strip() for line in path.read_text().splitlines()]
-        prompts = [self._parse(line, path, number) for number, line in enumerate(lines, 1) if line]
+        numbered = {line: number for number, line in reversed(list(enumerate(lines, 1))) if line}
+        prompts = [self._parse(line, path, number) for line, number in sorted(numbered.items(), key=lambda entry: entry[1])]
         if not prompts:
             raise ValueError(f"expected at least one prompt in {path}, got an empty file; write one prompt a line")
         every = max(2, round(1 / test_share))
@@ -56,7 +57,10 @@ class PromptFile:
             return Prompt(line)
         try:
             fields = json.loads(line)
-            return Prompt(fields.pop("prompt"), fields)
+            text = fields.pop("prompt")
+            if not isinstance(text, str):
+                raise TypeError
+            return Prompt(text, fields)
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f'{path} line {number}: expected a JSON object with a "prompt", got {line[:60]!r}') from error
 

@@ -100,10 +100,11 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             ResetNeeded: before the first reset.
             KeyError, TypeError, ValueError: an action outside the action space, or an active row that has ended.
         """
-        token, latent = (torch.as_tensor(part) for part in split_action(actions))
+        device = self.episodes.state.phase.device
+        token, latent = (torch.as_tensor(part, device=device) for part in split_action(actions))
         if active is None:
-            active = torch.ones(self.num_envs, dtype=torch.bool, device=self.episodes.state.phase.device)
-        result = self.episodes.step(token, latent, torch.as_tensor(active))
+            active = torch.ones(self.num_envs, dtype=torch.bool)
+        result = self.episodes.step(token, latent, torch.as_tensor(active, device=device))
         infos = self._info()
         if len(result.ended):
             infos |= {"ended": result.ended, "unscored": result.reward.isnan(), "components": result.components}

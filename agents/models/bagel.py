@@ -243,31 +243,33 @@ class Bagel(UnifiedModel[KeyValueContext]):
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         among = causal & (mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=ids.device))
         before = context.valid[:, None, : context.size].expand(-1, length, -1)
-        streams, keys, values = self._run(
-            {UNDERSTANDING: self.language_model.model.embed_tokens(ids)}, position, torch.cat([before, among], 2), context
-        )
-        hidden = streams[UNDERSTANDING]
-        if last_only and length > 1:
-            last = (count[:, -1:] > count).sum(1).clamp_(max=length - 1)
-            hidden = hidden[torch.arange(len(hidden), device=ids.device), last].unsqueeze(1)
-        logits = self.language_model.lm_head(self.language_model.model.norm(hidden))
+        with self.computing():
+            streams, keys, values = self._run(
+                {UNDERSTANDING: self.language_model.model.embed_tokens(ids)}, position, torch.cat([before, among], 2), context
+            )
+            hidden = streams[UNDERSTANDING]
+            if last_only and length > 1:
+                last = (count[:, -1:] > count).sum(1).clamp_(max=length - 1)
+                hidden = hidden[torch.arange(len(hidden), device=ids.device), last].unsqueeze(1)
+            logits = self.language_model.lm_head(self.language_model.model.norm(hidden))
         return logits, context.advance(keys, values, mask, context.position + count[:, -1])
 
     def velocity(self, context: KeyValueContext, x: Tensor, t: Tensor) -> Tensor:
-        dtype = self.vae2llm.weight.dtype
-        latents = self.vae2llm(x.to(dtype)) + self.time_embedder(t)[:, None] + self.latent_pos_embed.pos_embed[self.places].to(dtype)
-        markers = self.language_model.model.embed_tokens(self.markers).expand(len(x), -1, -1)
-        tokens = 2 + x.shape[1]
-        mask = F.pad(context.valid[:, None, : context.size], (0, tokens), value=True).expand(-1, tokens, -1)
-        streams, _, _ = self._run({UNDERSTANDING: markers, GENERATION: latents}, context.position[:, None], mask, context)
-        hidden = self.language_model.model.norm_moe_gen(streams[GENERATION])
-        return self.llm2vae(hidden).float()
+        with self.computing():
+            dtype = self.vae2llm.weight.dtype
+            latents = self.vae2llm(x.to(dtype)) + self.time_embedder(t)[:, None] + self.latent_pos_embed.pos_embed[self.places].to(dtype)
+            markers = self.language_model.model.embed_tokens(self.markers).expand(len(x), -1, -1)
+            tokens = 2 + x.shape[1]
+            mask = F.pad(context.valid[:, None, : context.size], (0, tokens), value=True).expand(-1, tokens, -1)
+            streams, _, _ = self._run({UNDERSTANDING: markers, GENERATION: latents}, context.position[:, None], mask, context)
+            hidden = self.language_model.model.norm_moe_gen(streams[GENERATION])
+            return self.llm2vae(hidden).float()
 
     def _run(
         self, streams: dict[str, Tensor], position: Tensor, mask: Tensor, context: KeyValueContext
     ) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
         """All layers over new tokens. `position` `[N, T]` or `[N, 1]` for all, `mask` `[N, T, size + T]` bool, True where seen."""
-        if not torch.is_grad_enabled():
+        if context.in_place:
             context.reserve(mask.shape[1])
         sample = next(iter(streams.values()))
         rotary = self.rotary(sample, position)

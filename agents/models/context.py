@@ -33,6 +33,11 @@ class KeyValueContext:
     def batch_size(self) -> int:
         return len(self.position)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether a call may write into the buffers: never where a gradient would have to pass."""
+        return not (torch.is_grad_enabled() or self.keys[0].requires_grad)
+
     def select(self, rows: Tensor) -> KeyValueContext:
         return self._map(lambda tensor: tensor.index_select(0, rows))
 
@@ -71,7 +76,7 @@ class KeyValueContext:
 
         Without gradient the new tokens land in the reserved slots, which `advance` then claims or leaves to be overwritten.
         """
-        if torch.is_grad_enabled():
+        if not self.in_place:
             used = slice(0, self.size)
             return torch.cat([self.keys[layer][:, :, used], key], 2), torch.cat([self.values[layer][:, :, used], value], 2)
         end = self.size + key.shape[2]
@@ -82,7 +87,7 @@ class KeyValueContext:
     def advance(self, keys: list[Tensor], values: list[Tensor], valid: Tensor, position: Tensor) -> KeyValueContext:
         """The context after a call whose `attend` gave `keys` and `values`, with `valid` `[N, T]` for the new slots."""
         size = self.size + valid.shape[1]
-        if torch.is_grad_enabled():
+        if not self.in_place:
             return KeyValueContext(keys, values, torch.cat([self.valid[:, : self.size], valid], 1), position, size)
         self.valid[:, self.size : size] = valid
         self.position, self.size = position, size

@@ -40,7 +40,13 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy `weights` into `module`; every name and shape must fit. Raises ValueError naming what does not."""
+    """Copy `weights` into `module`; see `check_weights`."""
+    check_weights(module, weights, source)
+    module.load_state_dict(weights)
+
+
+def check_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Every name and shape must fit `module`; raises ValueError naming what does not."""
     own = module.state_dict()
     problems = [f"missing {name}" for name in own if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in own]
@@ -54,7 +60,6 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
         raise ValueError(
             f"{source} does not fit this {type(module).__name__}: {shown}. Was it saved with another config or by another program?"
         )
-    module.load_state_dict(weights)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

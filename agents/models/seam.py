@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from agents.models.files import CONFIG, WEIGHTS, load_weights, read_config, read_tensors, write_json, write_tensors
@@ -44,10 +46,18 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
     Attributes:
         config_class: the frozen dataclass that a model is built from.
         config: the one it was built from.
+        compute_dtype: what the verbs compute in, by autocast; weights keep their own dtype.
     """
 
     config_class: ClassVar[type]
     config: Any
+    compute_dtype: torch.dtype = torch.float32
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Inside, the model computes in `compute_dtype`. Entered by each verb, so that nothing else is touched and no cast outlives an update."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, self.compute_dtype)
 
     @abstractmethod
     def start(self, batch_size: int) -> ContextT:
@@ -103,9 +113,10 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         folder = Path(folder)
         fields = read_config(folder)
         name = fields.pop("model", cls.__name__)
-        foreign = sorted(fields.keys() - {field.name for field in dataclasses.fields(cls.config_class)})
-        if name != cls.__name__ or foreign:
-            raise ValueError(f"{folder / CONFIG} describes {name!r} with unknown keys {foreign}; expected the config of a {cls.__name__}")
+        known = {field.name for field in dataclasses.fields(cls.config_class)}
+        if name != cls.__name__ or fields.keys() != known:
+            wrong = f"unknown keys {sorted(fields.keys() - known)}, missing keys {sorted(known - fields.keys())}"
+            raise ValueError(f"{folder / CONFIG} describes {name!r} with {wrong}; expected the whole config of a {cls.__name__}")
         model = cls(cls.config_class(**fields))
         load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         return model

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from agents.flow import Window, gaussian_log_prob, sde_step
+from agents.flow import Window, sde_step
 from agents.models.toy import gaussian_velocity
 from unigrpo_env.flow_time import time_grid
 
@@ -56,13 +56,6 @@ def test_the_sde_keeps_the_marginals(noise_level):
         x = sde_step(x, velocity, rows, next_t.expand(count), level).sample(torch.randn(x.shape, generator=generator))
     assert x.mean().item() == pytest.approx(mean, abs=4 * spread / math.sqrt(count) + 0.005)
     assert x.std().item() == pytest.approx(spread, rel=0.03)
-
-
-def test_log_prob_is_the_mean_over_dimensions():
-    sample, mean = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    std = torch.tensor([0.5, 2.0])
-    expected = torch.distributions.Normal(mean, std[:, None, None]).log_prob(sample).mean((1, 2))
-    torch.testing.assert_close(gaussian_log_prob(sample, mean, std), expected)
 
 
 def test_the_window_is_half_open():

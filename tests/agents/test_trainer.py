@@ -11,8 +11,8 @@ from agents.checkpoint import checkpoints, latest_checkpoint
 from agents.config import Config, config_names, load_config, settings
 from agents.logs import read_metrics
 from agents.run import run
-from agents.trainer import METRICS, Trainer, UnscoredError
-from rewards import REWARDS
+from agents.trainer import METRICS, Trainer
+from rewards import REWARDS, UnscoredError
 
 TOY = [
     "model.name=toy", "env.variant=toy", "env.time_shift=1.0", "env.image_steps=8", "env.text_budget=2", "evaluation.image_steps=8",
