@@ -1,11 +1,13 @@
 """Actor, collector and the training pass agree with each other."""
 
+import dataclasses
+
 import pytest
 import torch
 from tensordict import TensorDict
 
 from agents.actor import Actor
-from agents.collector import Collector
+from agents.collector import Collector, play
 from agents.evaluation import evaluate
 from agents.flow import Window
 from agents.loss import UniGRPOLoss, replay
@@ -26,9 +28,12 @@ def random_reward(episodes):
     return {"reward": episodes.images.mean((1, 2, 3)) * 100 % 1, "red": episodes.images[:, 0].mean((1, 2))}
 
 
-def collect(model, *, seed=0, group_size=3, text_budget=5, **kwargs):
-    env = InterleavedGenVectorEnv(num_envs=2 * group_size, copy=False, reward=random_reward, text_budget=text_budget, image_steps=6)
-    collector = Collector(env, Actor(model, window=Window(2, 0, 4), noise_level=0.8), group_size, **kwargs)
+WINDOW = Window(2, 0, 4)
+
+
+def collect(model, *, seed=0, group_size=3, window=WINDOW, temperature=1.0, **kwargs):
+    env = InterleavedGenVectorEnv(num_envs=2 * group_size, copy=False, reward=random_reward, text_budget=5, image_steps=6)
+    collector = Collector(env, Actor(model, window=window, temperature=temperature), group_size, **kwargs)
     return collector.collect(PROMPTS, seed)
 
 
@@ -70,21 +75,37 @@ def test_same_seed_same_trajectories(small_bagel):
     assert not (first["latent"] == other["latent"]).all()
 
 
-def test_members_draw_their_own_noise_unless_told_otherwise(small_bagel):
-    def first_latents(**kwargs):
-        episodes = collect(small_bagel, text_budget=0, **kwargs)
-        env = InterleavedGenVectorEnv(num_envs=6, text_budget=0)
-        return episodes, env
+@pytest.mark.parametrize("shared", [False, True])
+def test_members_draw_their_own_noise_unless_told_otherwise(small_bagel, shared):
+    episodes = collect(small_bagel, window=Window(2, 0, 2), shared_noise=shared)
+    first = episodes["window_latents"][:, :, 0]
+    assert (episodes["window_times"][..., 0] == 1).all()
+    assert torch.equal(first[0, 0], first[0, 1]) == shared
+    assert not torch.equal(first[0, 0], first[1, 0])
+    assert not torch.equal(episodes["latent"][0, 0], episodes["latent"][0, 1]), "the steps' noise is each its own"
 
-    apart, _ = first_latents()
-    together, _ = first_latents(shared_noise=True)
-    begins_at_one = together["window_times"][..., 0] == 1
-    for episodes, same in ((apart, False), (together, True)):
-        for group in range(2):
-            if begins_at_one[group].all():
-                x = episodes["window_latents"][group, :, 0]
-                assert torch.equal(x[0], x[1]) == same
-    assert not torch.equal(together["latent"][0, 0], together["latent"][0, 1]), "the steps' noise is still each its own"
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_training_pass_knows_the_temperature(small_bagel, temperature):
+    batch = with_advantage(collect(small_bagel, temperature=temperature))
+    assert make_loss(small_bagel, temperature=temperature)(batch)["text_log_ratio"] < 1e-4
+    assert make_loss(small_bagel)(batch)["text_log_ratio"] > 1e-2
+
+
+def test_episodes_without_an_image_teach_the_words_alone(small_bagel):
+    variant = make_variant("text_to_image", reward=random_reward, text_budget=5, image_steps=6)
+    first, _ = InterleavedGenVectorEnv(variant, 1).reset(seed=0, options={"prompts": PROMPTS[:1]})
+    likely = int(Actor(small_bagel, temperature=0).act(first).token[0])
+    variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=likely))
+    env = InterleavedGenVectorEnv(variant, 16, copy=False)
+    collector = Collector(env, Actor(small_bagel, window=WINDOW), 8)
+    batch = with_advantage(collector.collect(PROMPTS, 3))
+    left = ~batch["has_image"]
+    assert left.any()
+    assert not left.all()
+    assert (batch["reward"][left] == 0).all()
+    for ratio in ("norm", "plain"):
+        assert gradients(small_bagel, [batch], reference=small_bagel, velocity_weight=1.0, ratio=ratio).isfinite().all()
 
 
 def test_nothing_is_clipped_before_the_first_update(small_bagel):
@@ -209,6 +230,31 @@ def test_an_episode_does_not_depend_on_its_batch(small_bagel):
     apart = evaluate(small_bagel, variant, PROMPTS * 2, seed=5, batch_size=1)
     assert together.texts == apart.texts
     torch.testing.assert_close(together.images, apart.images, atol=1e-4, rtol=0)
+
+
+def test_rows_that_begin_anew_beside_others_are_read_anew(small_bagel):
+    env = InterleavedGenVectorEnv(num_envs=2, text_budget=3, image_steps=2)
+    observation, _ = env.reset(seed=0, options={"prompts": ["a circle", "a red square"]})
+    actor = Actor(small_bagel)
+    play(env, actor, observation)
+    observation, _ = env.reset(seed=7, options={"prompts": ["two crosses", "a circle"], "reset_mask": [True, False]})
+    decision = actor.act(observation)
+    assert decision.active.tolist() == [True, False]
+    fresh, _ = InterleavedGenVectorEnv(num_envs=1, text_budget=3).reset(seed=7, options={"prompts": ["two crosses"]})
+    other = Actor(small_bagel)
+    other.start([0])
+    other.act(fresh)
+    torch.testing.assert_close(actor._logits[0], other._logits[0], atol=1e-5, rtol=0)
+
+
+def test_a_look_without_gradient_leaves_the_context_its_gradient(small_bagel):
+    x, t = torch.randn(1, 36, 48), torch.tensor([0.5])
+    _, context = small_bagel.read_text(small_bagel.start(1), torch.tensor([[1, 9, 2]]))
+    with torch.no_grad():
+        small_bagel.velocity(context, x, t)
+    small_bagel.zero_grad()
+    small_bagel.velocity(context, x, t).sum().backward()
+    assert small_bagel.language_model.model.embed_tokens.weight.grad[9].abs().sum() > 0
 
 
 def test_illegal_tokens_have_no_probability(small_bagel):

@@ -66,7 +66,9 @@ def test_half_precision_recomputes_by_itself(small_bagel, tmp_path):
     trainer = Trainer(config, small_bagel)
     assert trainer.recompute
     metrics = trainer.iterate()
-    assert next(small_bagel.parameters()).dtype == torch.float32
+    projection = small_bagel.language_model.model.layers[0].self_attn.q_proj.weight
+    assert projection.dtype == torch.float32
+    assert projection.grad.abs().sum() > 0
     assert metrics["text_log_ratio"] < 1e-3
     assert metrics["image_log_ratio"] < 1e-5
     assert metrics["image_grad_norm"] > 0
@@ -84,6 +86,32 @@ def test_frozen_means_no_gradient_and_no_change(small_bagel, tmp_path, frozen, w
         changed = any(not torch.equal(old, new) for old, new in zip(before[name], parameters, strict=True))
         assert changed == (name != frozen), name
     assert all(p.grad is None for p in lists[frozen])
+
+
+def test_micro_batches_do_not_change_a_run(small_bagel, tmp_path):
+    """Through the trainer, with episodes that could not be scored, in groups that fall into different parts."""
+    small_bagel.save_pretrained(tmp_path / "start")
+    found = []
+    for parts in (1, 4):
+        config = load_config("unigrpo", ["trainer.groups=4", "trainer.group_size=4", "trainer.minibatches=1", f"trainer.micro_batches={parts}", "env.text_budget=4",
+                                         "env.image_steps=6", "env.reward=some_nan", f"output.folder={tmp_path}"])  # fmt: skip
+        trainer = Trainer(config, type(small_bagel).from_pretrained(tmp_path / "start"))
+        metrics = trainer.iterate()
+        found.append((metrics, torch.cat([p.grad.flatten() for group in trainer.experts.values() for p in group])))
+    assert found[0][0]["unscored"] > 0
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-6, rtol=1e-3)
+    for name in ("loss_text", "loss_image", "text_grad_norm", "image_grad_norm"):
+        assert found[0][0][name] == pytest.approx(found[1][0][name], rel=1e-3, abs=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.iterate()
+    before = weights_of(trainer)
+    trainer.loss.log_ratio = lambda sample, mean, old, std: mean.mean((-2, -1)) * torch.nan
+    with pytest.raises(FloatingPointError, match="weights are as before"):
+        trainer.iterate()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
 
 
 def weights_of(trainer):
@@ -126,6 +154,8 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(small_bagel, tmp_path, ki
     with pytest.raises(Stop):
         run(stopped)
     assert len(read_metrics(tmp_path / "stopped")) == 5
+    with (tmp_path / "stopped" / "metrics.csv").open("a") as file:
+        file.write("6,0.5")  # what a kill in the middle of a line leaves
     torch.manual_seed(99)
     resumed = Trainer.resume(tmp_path / "stopped")
     assert resumed.iteration == 3
@@ -244,6 +274,8 @@ def test_equal_rewards_teach_nothing(tmp_path):
         ("trainer.group_size=1", "judged against the others"),
         ("trainer.minibatches=3", "multiple of minibatches"),
         ("algorithm.ratio=norn", "one of"),
+        ("algorithm.noise_level=0.0", "0 < algorithm.noise_level"),
+        ("algorithm.image_clip=1.0", "image_clip < 1"),
         ("iterations", "unknown setting"),
     ],
 )

@@ -71,6 +71,33 @@ def test_step_after_the_end():
         env.step(action(env))
 
 
+@pytest.mark.parametrize(
+    ("change", "active", "message"),
+    [
+        ({"token": torch.tensor([10, 64])}, None, r"\[0, 64\)"),
+        ({"latent": torch.zeros(2, 36, 40)}, None, r"\[2, 36, 48\]"),
+        ({}, torch.tensor([True]), "expected active of shape"),
+        ({}, torch.tensor([1, 0]), "dtype bool"),
+    ],
+)
+def test_bad_actions_of_many(change, active, message):
+    env = InterleavedGenVectorEnv(num_envs=2)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=message):
+        env.step({"token": torch.tensor([10, 10]), "latent": torch.zeros(2, 36, 48)} | change, active)
+
+
+def test_an_active_row_that_has_ended():
+    env = InterleavedGenVectorEnv(num_envs=3, text_budget=0, image_steps=1)
+    env.reset(seed=0)
+    env.step(LAST, torch.tensor([True, False, False]))
+    with pytest.raises(ValueError, match=r"\[0\] have ended"):
+        env.step(LAST)
+    _, reward, terminated, _, _ = env.step(LAST, torch.tensor([False, True, True]))
+    assert terminated.all()
+    assert reward[0] == 0
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean 'shapes'"):
         gym.make("unigrpo/TextToImage-v0", reward="shape")
