@@ -151,10 +151,12 @@ def before_and_after(before: Evaluation, after: Evaluation, columns: int = 5, si
 
 
 def spread(count: int, picks: int) -> list[int]:
-    """Up to `picks` indices below `count`, evenly apart.
+    """Up to `picks` indices below `count`, an odd number apart, so that kinds of prompt that come in turn all show.
 
     >>> spread(10, 3)
     [0, 3, 6]
+    >>> spread(256, 4)
+    [0, 63, 126, 189]
     """
-    every = max(1, count // max(picks, 1))
-    return list(range(0, count, every))[:picks]
+    step = max(1, (count // max(picks, 1) - 1) | 1)
+    return list(range(0, count, step))[:picks]

@@ -4,7 +4,7 @@
 >>> env = gym.make("unigrpo/TextToImage-v0")
 >>> observation, info = env.reset(seed=0)
 >>> int(observation["phase"]), info["prompt"]
-(0, 'four minus two squares')
+(0, 'one plus two green triangles')
 """
 
 import gymnasium as _gym
