@@ -34,11 +34,13 @@ def play(
     """
     reward = torch.zeros(env.num_envs)
     components: dict[str, Tensor] = {}
-    while (observation["phase"] != Phase.DONE).any():
+    over = bool((observation["phase"] == Phase.DONE).all())
+    while not over:
         decision = actor.act(observation)
         watch(observation, decision)
-        observation, paid, _, _, infos = env.step(decision.env_action, decision.active)
+        observation, paid, terminated, _, infos = env.step(decision.env_action, decision.active)
         reward += paid
+        over = bool(terminated.all())
         for name, values in infos.get("components", {}).items():
             components.setdefault(name, torch.full_like(values, torch.nan))[infos["ended"]] = values[infos["ended"]]
     return observation, reward, components

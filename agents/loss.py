@@ -12,7 +12,7 @@ from torchrl.objectives import LossModule
 
 from agents.actor import read_prompts, token_log_probs
 from agents.flow import sde_step
-from agents.models.seam import UnifiedModel
+from agents.models.seam import Context, UnifiedModel
 from agents.objectives import clip_fraction, image_loss, plain_log_ratio, ratio_norm, text_loss, velocity_mse
 
 
@@ -50,25 +50,35 @@ def replay(
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
         look: False leaves the velocities out, where text alone is learnt.
     """
+    logits, context = read_episodes(model, episodes)
+    tokens, longest = episodes["tokens"], logits.shape[1]
+    log_probs = token_log_probs(logits, legal_tokens, temperature)
+    # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
+    log_prob = log_probs.gather(2, tokens[:, :longest, None])[..., 0]
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs.masked_fill(~legal_tokens, 0)).sum(-1)
+    unused = (0, tokens.shape[1] - longest)
+    found = Replay(nn.functional.pad(log_prob, unused), nn.functional.pad(entropy, unused), None)
+    if look:
+        found.velocity = window_velocities(model, context if through_context else context.detach(), episodes)
+    return found
+
+
+def read_episodes(model: UnifiedModel[Any], episodes: TensorDictBase) -> tuple[Tensor, Context]:
+    """Logits `[N, T, V]` of the first T tokens said, T the longest thought, and the context at which each image opened."""
     logits, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"])
     mask = episodes["text_mask"]
     longest = int(mask.sum(1).max())
-    tokens = episodes["tokens"]
-    log_prob = torch.zeros(tokens.shape, device=tokens.device)
-    entropy = torch.zeros_like(log_prob)
-    if longest:
-        later, context = model.read_text(context, tokens[:, :longest], mask[:, :longest])
-        log_probs = token_log_probs(torch.cat([logits, later[:, :-1]], 1), legal_tokens, temperature)
-        # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
-        log_prob = nn.functional.pad(log_probs.gather(2, tokens[:, :longest, None])[..., 0], (0, tokens.shape[1] - longest))
-        with torch.no_grad():
-            entropy[:, :longest] = -(log_probs.exp() * log_probs.masked_fill(~legal_tokens, 0)).sum(-1)
-    if not look:
-        return Replay(log_prob, entropy, None)
-    context = context if through_context else context.detach()
+    if longest == 0:
+        return logits[:, :0], context
+    later, context = model.read_text(context, episodes["tokens"][:, :longest], mask[:, :longest])
+    return torch.cat([logits, later[:, :-1]], 1), context
+
+
+def window_velocities(model: UnifiedModel[Any], context: Context, episodes: TensorDictBase) -> Tensor:
+    """Velocities `[N, W, L, C]` at the stochastic steps."""
     latents, times = episodes["window_latents"][:, :-1], episodes["window_times"][:, :-1]
-    velocity = model.velocity(context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten()).unflatten(0, times.shape)
-    return Replay(log_prob, entropy, velocity)
+    return model.velocity(context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten()).unflatten(0, times.shape)
 
 
 def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -166,8 +176,8 @@ class UniGRPOLoss(LossModule):
         penalty = torch.zeros_like(image)
         if self.velocity_weight and now.velocity is not None:
             with torch.no_grad():
-                anchor = replay(self.reference, tensordict, self.legal_tokens).velocity
-            assert anchor is not None
+                _, context = read_episodes(self.reference, tensordict)
+                anchor = window_velocities(self.reference, context, tensordict)
             penalty = torch.where(tensordict["has_image"], velocity_mse(now.velocity, anchor), 0)
         text_log_ratio = torch.where(chosen, now.log_prob - tensordict["log_prob"], 0).detach()
         everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
