@@ -106,9 +106,9 @@ class Collector:
         device = env.episodes.state.phase.device
         observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": [p for p in prompts for _ in range(size)]})
         self.actor.start(seeds.tolist(), starts.to(device))
-        record = self._empty(observation)
-        observation, reward, components = play(env, self.actor, observation, partial(self._write, record))
-        self._finish(record, observation)
+        record, words = self._empty(observation), list[tuple[Tensor, Tensor, Tensor]]()
+        observation, reward, components = play(env, self.actor, observation, partial(self._write, record, words))
+        self._finish(record, words, observation)
         record["reward"], record["seed"] = reward.to(device), torch.as_tensor(seeds, device=device)
         record["group"] = torch.arange(self.groups, device=device).repeat_interleave(size)
         episodes = TensorDict(record, [env.num_envs])
@@ -128,13 +128,12 @@ class Collector:
             "window_times": torch.linspace(0.9, 0.5, size + 1, device=device).repeat(rows, 1),
         }
 
-    def _write(self, record: dict[str, Tensor], observation: dict[str, Tensor], decision: Decision) -> None:
-        """Keep what training needs of one decision."""
+    def _write(
+        self, record: dict[str, Tensor], words: list[tuple[Tensor, Tensor, Tensor]], observation: dict[str, Tensor], decision: Decision
+    ) -> None:
+        """Keep what training needs of one decision: image steps in their final place, words in a list, to be placed all at once."""
         if decision.log_prob is not None:
-            rows = decision.active.nonzero()[:, 0]
-            at = (observation["num_tokens"] - observation["prompt_length"])[rows]
-            record["log_prob"][rows, at] = decision.log_prob[rows]
-            record["chosen_mask"][rows, at] = True
+            words.append((observation["num_tokens"] - observation["prompt_length"], decision.active, decision.log_prob))
             return
         assert decision.mean is not None
         assert self.actor.window_start is not None
@@ -151,16 +150,21 @@ class Collector:
             record["window_latents"][last, size] = decision.latent.index_select(0, last)
             record["window_times"][last, size] = observation["next_t"][last]
 
-    def _finish(self, record: dict[str, Tensor], observation: dict[str, Tensor]) -> None:
-        """Split the token buffer into prompt and thought, once, at the end."""
+    def _finish(self, record: dict[str, Tensor], words: list[tuple[Tensor, Tensor, Tensor]], observation: dict[str, Tensor]) -> None:
+        """Place the words' log-probs, and split the token buffer into prompt and thought, once, at the end."""
+        if words:
+            at, active, log_prob = (torch.stack(parts) for parts in zip(*words, strict=True))  # [steps, N] each
+            step, row = active.nonzero(as_tuple=True)
+            record["log_prob"][row, at[step, row]] = log_prob[step, row]
+            record["chosen_mask"][row, at[step, row]] = True
         lengths, tokens = observation["prompt_length"], observation["tokens"]
         prompt_budget = self.env.episodes.rules.prompt_budget
         places = torch.arange(prompt_budget, device=tokens.device)
         record["prompt_tokens"] = tokens[:, :prompt_budget].masked_fill(places >= lengths[:, None], 0)
         record["prompt_length"] = lengths.clone()
-        words = torch.arange(record["log_prob"].shape[1], device=tokens.device)
+        slots = torch.arange(record["log_prob"].shape[1], device=tokens.device)
         said = (observation["num_tokens"] - lengths)[:, None]
-        record["text_mask"] = words < said
-        record["tokens"] = tokens.gather(1, (lengths[:, None] + words).clamp_(max=tokens.shape[1] - 1)).masked_fill(words >= said, 0)
+        record["text_mask"] = slots < said
+        record["tokens"] = tokens.gather(1, (lengths[:, None] + slots).clamp_(max=tokens.shape[1] - 1)).masked_fill(slots >= said, 0)
         record["latent"] = observation["latent"].clone()
         record["has_image"] = observation["step"] > 0
