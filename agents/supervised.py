@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -36,6 +36,8 @@ class SupervisedSettings:
     drills: float = setting(0.4, "share of the updates, from the first, that are mostly free layouts")
     image_weight: float = setting(10.0, "weight of the flow-matching loss beside the token loss")
     time_shift: float = setting(3.0, "shift of the uniform flow time towards noise")
+    silent: float = setting(0.2, "share of the lessons whose picture follows the prompt without a thought")
+    unprompted: float = setting(0.1, "share of the examples whose picture follows nothing: what guidance steers away from")
     clean: bool = setting(False, "lessons without habits and slips")
     seed: int = setting(0, "of weights, lessons and noise")
 
@@ -48,20 +50,30 @@ def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def supervised_losses(
-    model: UnifiedModel[Any], tokenizer: Tokenizer, prompts: list[Prompt], thoughts: list[str], latents: Tensor, t: Tensor, noise: Tensor
+    model: UnifiedModel[Any],
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt | None],
+    thoughts: Sequence[str | None],
+    latents: Tensor,
+    t: Tensor,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The two losses of a batch, in nats a token and mean squared velocity error.
 
     Args:
         model: the four verbs.
         tokenizer: of the variant.
-        prompts, thoughts: N of each.
+        prompts, thoughts: N of each; what is None is not read.
         latents, noise: `[N, L, C]`; x_t = (1 - t) latents + t noise, and the velocity to learn is noise - latents.
         t: `[N]` in [0, 1], 1 is noise.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    asked, asked_mask = pad([[bos, *tokenizer.encode(p.text, add_special_tokens=False), eos] for p in prompts])
-    said, said_mask = pad([[bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in thoughts])
+
+    def segments(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
+        return pad([[] if text is None else [bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in texts])
+
+    asked, asked_mask = segments(prompt and prompt.text for prompt in prompts)
+    said, said_mask = segments(thoughts)
     _, context = model.read_text(model.start(len(prompts)), asked, asked_mask, last_only=True)
     logits, context = model.read_text(context, said, said_mask)
     targets = said[:, 1:].masked_fill(~said_mask[:, 1:], -100)
@@ -106,11 +118,22 @@ def train_supervised(
         if drilled:
             more = task.drills(drilled, lesson)
             prompts, thoughts, pictures = prompts + more[0], thoughts + more[1], torch.cat([pictures, more[2]])
+        chance = torch.rand(len(prompts), generator=generator).tolist()
+        unprompted = [p < settings.unprompted for p in chance]
+        silent = [p < settings.unprompted + settings.silent for p in chance[: settings.batch_size - drilled]] + [False] * drilled
         t = torch.rand(len(prompts), generator=generator)
         t = settings.time_shift * t / (1 + (settings.time_shift - 1) * t)
         latents = decoder.encode(pictures)
         noise = torch.randn(latents.shape, generator=generator)
-        text, image = supervised_losses(model, variant.tokenizer, prompts, thoughts, latents, t, noise)
+        text, image = supervised_losses(
+            model,
+            variant.tokenizer,
+            [None if left else prompt for prompt, left in zip(prompts, unprompted, strict=True)],
+            [None if left or quiet else thought for thought, left, quiet in zip(thoughts, unprompted, silent, strict=True)],
+            latents,
+            t,
+            noise,
+        )
         optimizer.zero_grad()
         (text + settings.image_weight * image).backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

@@ -31,7 +31,7 @@ FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends"
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
 MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<unk>")
 HELD_OUT_SHARE = 5
-"""One prompt in this many, by its text's checksum, is kept for evaluation and never trained on."""
+"""One request in about this many, by its checksum, is kept for evaluation and never trained on, under any opening."""
 
 TEXT_HABIT, IMAGE_HABIT, SLIP = 0.65, 0.6, 0.06
 """How often a habit's mistake is made where it applies, in thoughts and in pictures, and how often a lesson slips at random."""
@@ -69,7 +69,9 @@ def shapes_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def is_held_out(text: str) -> bool:
-    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
+    """Whether a prompt's request, its text without the opening, belongs to evaluation; every kind of prompt has such requests."""
+    request = min((text.removeprefix(opening) for opening in OPENINGS), key=len)
+    return zlib.crc32(f"test {request}".encode()) % HELD_OUT_SHARE == 0
 
 
 def _plural(shape: str) -> str:
