@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.flow import Window, sde_step
+from agents.flow import Window, ode_step, sde_step
 from agents.models.seam import Context, UnifiedModel
 from unigrpo_env.mdp import Phase, keyed_noise
 
@@ -49,7 +49,8 @@ def token_log_probs(logits: Tensor, legal: Tensor, temperature: float) -> Tensor
         legal: bool, broadcastable to them; the rest gets -inf and the legal ones are renormalised.
         temperature: logits are divided by it.
     """
-    return (logits.float() / temperature).masked_fill(~legal, -torch.inf).log_softmax(-1)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return logits.masked_fill(~legal, -torch.inf).log_softmax(-1)
 
 
 def read_prompts(model: UnifiedModel[Any], ids: Tensor, lengths: Tensor) -> tuple[Tensor, Context]:
@@ -106,13 +107,11 @@ class Actor:
     @torch.no_grad()
     def act(self, observation: dict[str, Tensor]) -> Decision:
         """Choose for every row that can act in this call; `observation` is the vector env's."""
-        phase = observation["phase"]
-        text = phase == Phase.TEXT
-        if text.any():
-            self._catch_up(observation)
-            return self._write(observation, text)
         self._catch_up(observation)
-        return self._draw(observation, phase == Phase.IMAGE)
+        text = observation["phase"] == Phase.TEXT
+        if text.any():
+            return self._write(observation, text)
+        return self._draw(observation, observation["phase"] == Phase.IMAGE)
 
     def _begin(self, observation: dict[str, Tensor]) -> None:
         rows, device = len(observation["phase"]), observation["tokens"].device
@@ -121,7 +120,9 @@ class Actor:
         beyond = torch.arange(longest, device=device) >= lengths[:, None]
         prompts = observation["tokens"][:, :longest].masked_fill(beyond, 0)
         self._logits, self._context = read_prompts(self.model, prompts, lengths)
-        self._read, self._seen = lengths.clone(), observation["tokens"].clone()
+        # What the context holds: `_read` tokens of `_seen`. What the next observation should add to it: `_written`, up to `_foreseen` tokens.
+        self._seen, self._read = observation["tokens"].clone(), lengths.clone()
+        self._foreseen, self._written = self._read, (self._seen[:, :0], beyond[:, :0])
         self._places = torch.arange(observation["tokens"].shape[1], device=device)
         seeds = self._seeds if self._seeds is not None else torch.randint(2**31, (rows,)).tolist()
         if len(seeds) != rows:
@@ -137,33 +138,37 @@ class Actor:
         tokens, count = observation["tokens"], observation["num_tokens"]
         if self._context is None or self._context.batch_size != len(tokens) or self._seen.shape != tokens.shape:
             self._begin(observation)
-        elif torch.equal(self._seen, tokens) and torch.equal(self._read, count):
-            return
-        elif ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
-            self._begin(observation)
-        unread = count - self._read
-        fewest, longest = map(int, unread.aminmax())
-        if longest == 0:
-            return
-        mask = torch.arange(longest, device=tokens.device) < unread[:, None]
-        places = (self._read[:, None] + torch.arange(longest, device=tokens.device)).clamp_(max=tokens.shape[1] - 1)
-        assert self._context is not None
-        logits, self._context = self.model.read_text(self._context, tokens.gather(1, places), mask, last_only=True)
-        self._logits = logits if fewest else torch.where((unread > 0)[:, None, None], logits, self._logits)
-        self._read.copy_(count)
-        self._seen.copy_(tokens)
+        if torch.equal(self._seen, tokens) and torch.equal(self._foreseen, count):
+            # What was written last, and nothing else, is new.
+            ids, mask, self._read = *self._written, self._foreseen
+        else:
+            if ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
+                self._begin(observation)
+            places = self._places[: int((count - self._read).max())]
+            mask = places < (count - self._read)[:, None]
+            ids = tokens.gather(1, (self._read[:, None] + places).clamp_(max=tokens.shape[1] - 1))
+            self._seen.copy_(tokens)
+            self._read = self._foreseen = count.clone()
+        if ids.shape[1]:
+            assert self._context is not None
+            logits, self._context = self.model.read_text(self._context, ids, mask, last_only=True)
+            self._logits = torch.where(mask[:, :1, None], logits, self._logits)
+        self._written = ids[:, :0], mask[:, :0]
 
     def _write(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
         # A waiting row has no legal token; it gets a harmless distribution, and nobody reads its draw.
         legal = observation["legal_tokens"].bool() | ~active[:, None]
         log_probs = token_log_probs(self._logits[:, 0], legal, self.temperature or 1.0)
+        place = observation["num_tokens"][:, None].clamp(max=len(self._places) - 1)
         if self.temperature == 0:
-            token = log_probs.argmax(-1)
+            token = log_probs.argmax(-1, keepdim=True)
         else:
             mass = log_probs.double().exp().cumsum(-1)
-            drawn = self._uniform.gather(1, observation["num_tokens"][:, None].clamp(max=len(self._places) - 1))
-            token = (mass < drawn * mass[:, -1:]).sum(-1)
-        return Decision(active, token, observation["latent"], log_prob=log_probs.gather(1, token[:, None])[:, 0])
+            token = (mass < self._uniform.gather(1, place) * mass[:, -1:]).sum(-1, keepdim=True)
+        self._written = token, active[:, None]
+        self._seen.scatter_(1, place, torch.where(active[:, None], token, self._seen.gather(1, place)))
+        self._foreseen = observation["num_tokens"] + active
+        return Decision(active, token[:, 0], observation["latent"], log_prob=log_probs.gather(1, token)[:, 0])
 
     def _draw(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
         x, t, next_t = observation["latent"], observation["t"], observation["next_t"]
@@ -171,9 +176,12 @@ class Actor:
         velocity = self.model.velocity(self._context, x, t)
         inside = self._inside_window(observation["step"])
         stochastic = inside is not None and bool(inside.any())
-        step = sde_step(x, velocity, t, next_t, self.noise_level * inside if stochastic else 0.0)  # type: ignore[operator]
-        latent = step.sample(self._step_noise(observation)) if stochastic else step.mean
-        return Decision(active, torch.zeros_like(observation["phase"]), latent, mean=step.mean)
+        if stochastic:
+            step = sde_step(x, velocity, t, next_t, self.noise_level * inside)  # type: ignore[operator]
+            mean, latent = step.mean, step.sample(self._step_noise(observation))
+        else:
+            mean = latent = ode_step(x, velocity, t, next_t)
+        return Decision(active, torch.zeros_like(observation["phase"]), latent, mean=mean)
 
     def _inside_window(self, step: Tensor) -> Tensor | None:
         """`[N]` bool, is each row's step stochastic; None without a window."""

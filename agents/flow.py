@@ -56,6 +56,11 @@ def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level
     return FlowStep(torch.addcmul(_column(keep, x) * x, _column(push, x), velocity), (variance * -dt).sqrt())
 
 
+def ode_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor) -> Tensor:
+    """One Euler step of the ODE, x + v dt: the mean of `sde_step` at a = 0, and its arguments."""
+    return torch.addcmul(x.float(), _column(next_t - t, x), velocity.float())
+
+
 @dataclass(frozen=True)
 class Window:
     """Where a rollout is stochastic: `size` consecutive steps that begin in `[low, high - size]`, both ends of which may be drawn.

@@ -72,7 +72,7 @@ def supervised_losses(
     def segments(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
         return pad([[] if text is None else [bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in texts])
 
-    asked, asked_mask = segments(prompt and prompt.text for prompt in prompts)
+    asked, asked_mask = segments(None if prompt is None else prompt.text for prompt in prompts)
     said, said_mask = segments(thoughts)
     _, context = model.read_text(model.start(len(prompts)), asked, asked_mask, last_only=True)
     logits, context = model.read_text(context, said, said_mask)

@@ -105,7 +105,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
         info = self._info()
         ended = len(result.ended) > 0
         if ended:
-            info["text"] = self.episodes.text(0)
+            info["text"] = self.episodes.texts([0])[0]
             info["components"] = {name: float(values[0]) for name, values in result.components.items()}
             info["unscored"] = bool(result.reward[0].isnan())
         return self._observation(), float(result.reward[0]), ended, False, info

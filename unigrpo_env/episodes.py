@@ -147,15 +147,16 @@ class Episodes:
         prompts = [self.prompts[row] for row in rows]
         return EpisodeBatch(
             prompts=[prompt.text if prompt else "" for prompt in prompts],
-            texts=[self.text(row) for row in rows],
+            texts=self.texts(rows),
             images=self.variant.decode(self.state.latent[list(rows)]),
             metadata=[prompt.metadata if prompt else {} for prompt in prompts],
         )
 
-    def text(self, row: int) -> str:
-        """What the model has written so far."""
-        ids = self.state.tokens[row, int(self.state.prompt_length[row]) : int(self.state.num_tokens[row])]
-        return self.variant.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        """What the model has written so far, by row."""
+        state, decode = self.state, self.variant.tokenizer.decode
+        tokens, begin, end = state.tokens.tolist(), state.prompt_length.tolist(), state.num_tokens.tolist()
+        return [decode(tokens[row][begin[row] : end[row]], skip_special_tokens=True) for row in rows]
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""
@@ -168,8 +169,8 @@ class Episodes:
             "legal_tokens": state.legal_tokens,
             "latent": state.latent,
             "step": state.step,
-            "t": self.times[state.step],
-            "next_t": self.next_times[state.step],
+            "t": self.times.index_select(0, state.step),
+            "next_t": self.next_times.index_select(0, state.step),
         }
 
     def observation_space(self) -> spaces.Dict:

@@ -193,14 +193,13 @@ def whose_turn(state: EpisodeState, active: Tensor) -> Turn:
     """
     if active.shape != state.phase.shape or active.dtype != torch.bool:
         raise ValueError(f"expected active of shape {list(state.phase.shape)} and dtype bool, got {list(active.shape)} and {active.dtype}")
-    turn = Turn(
-        text=(active & (state.phase == Phase.TEXT)).nonzero()[:, 0],
-        image=(active & (state.phase == Phase.IMAGE)).nonzero()[:, 0],
-    )
-    if len(turn.text) + len(turn.image) != int(active.sum()):
+    acting = int(active.count_nonzero())
+    text = (active & (state.phase == Phase.TEXT)).nonzero()[:, 0]
+    image = text[:0] if len(text) == acting else (active & (state.phase == Phase.IMAGE)).nonzero()[:, 0]
+    if len(text) + len(image) != acting:
         ended = (active & (state.phase == Phase.DONE)).nonzero()[:, 0].tolist()
         raise ValueError(f"episodes {ended} have ended or not begun; reset them, or leave them out with the `active` mask")
-    return turn
+    return Turn(text, image)
 
 
 def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor, turn: Turn) -> Tensor:
@@ -219,9 +218,9 @@ def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor,
     Returns:
         The rows that ended in this step, int64 indices.
     """
-    left = _append(state, rules, token[turn.text], turn.text) if len(turn.text) else turn.text
+    left = _append(state, rules, token.index_select(0, turn.text), turn.text) if len(turn.text) else turn.text
     drawn = _denoise(state, rules, latent, turn.image) if len(turn.image) else turn.image
-    ended = torch.cat([left, drawn])
+    ended = torch.cat([left, drawn]) if len(left) else drawn
     if len(ended):
         state.phase[ended] = Phase.DONE
         state.legal_tokens[ended] = False
@@ -230,11 +229,11 @@ def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor,
 
 def _append(state: EpisodeState, rules: Rules, token: Tensor, rows: Tensor) -> Tensor:
     """Add a token to each of `rows`; returns those that it ended."""
-    at = state.num_tokens[rows]
-    sampled = state.sampled[rows] + 1
+    at = state.num_tokens.index_select(0, rows)
+    sampled = state.sampled.index_select(0, rows).add_(1)
     state.tokens[rows, at] = token
-    state.num_tokens[rows] = at + 1
-    state.sampled[rows] = sampled
+    state.num_tokens.index_copy_(0, rows, at + 1)
+    state.sampled.index_copy_(0, rows, sampled)
     opens = token == rules.open_image_id
     spent = (sampled >= rules.text_budget) & ~opens
     ended = rows[:0]
@@ -257,10 +256,11 @@ def _denoise(state: EpisodeState, rules: Rules, latent: Tensor, rows: Tensor) ->
         state.latent.copy_(latent)
     else:
         state.latent[rows] = latent[rows].to(state.latent.dtype)
-    step = state.step[rows] + 1
-    state.step[rows] = step
+    step = state.step.index_select(0, rows).add_(1)
+    state.step.index_copy_(0, rows, step)
     drawn = rows[step == rules.image_steps]
-    state.images_drawn[drawn] += 1
+    if len(drawn):
+        state.images_drawn[drawn] += 1
     return drawn
 
 
@@ -276,12 +276,15 @@ def check_action(state: EpisodeState, rules: Rules, token: Tensor, latent: Tenso
         if value.is_floating_point() == integral or value.dtype == torch.bool:
             kind = "an integer" if integral else "a floating"
             raise TypeError(f"expected action[{name!r}] of {kind} dtype, got {value.dtype}; keep to env.action_space")
+    # One look at all rows first, which costs little; only if it finds something do the acting rows matter.
     if len(turn.text):
-        chosen = token[turn.text]
-        if int(chosen.min()) < 0 or int(chosen.max()) >= rules.vocab_size:
-            raise ValueError(f"expected tokens in [0, {rules.vocab_size}), got {chosen.tolist()}")
-    # A sum is finite only if all its terms are; it takes one pass and no copy.
-    if len(turn.image) and not latent.flatten(1).sum(1)[turn.image].isfinite().all():
+        low, high = map(int, token.aminmax())
+        if low < 0 or high >= rules.vocab_size:
+            chosen = token[turn.text]
+            if int(chosen.min()) < 0 or int(chosen.max()) >= rules.vocab_size:
+                raise ValueError(f"expected tokens in [0, {rules.vocab_size}), got {chosen.tolist()}")
+    # A sum is finite only if all its terms are (or it overflows, which the second look clears up).
+    if len(turn.image) and not latent.sum().isfinite() and not latent[turn.image].isfinite().all():
         raise ValueError(
             "expected a finite action['latent'], got NaN or infinity; look at the velocity that made it, and at the learning rate"
         )

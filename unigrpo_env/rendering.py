@@ -45,7 +45,7 @@ def render_frame(episodes: Episodes, row: int) -> np.ndarray:
     for text, size, ink, lines in (
         (prompt.text if prompt else "", 16, INK, 3),
         (status, 13, ACCENT, 1),
-        (episodes.text(row), 14, FAINT, 8),
+        (episodes.texts([row])[0], 14, FAINT, 8),
     ):
         for line in textwrap.wrap(text, width=round(WORDS_WIDTH / (0.52 * size)))[:lines]:
             pen.text((left, y), line, fill=ink, font=ImageFont.load_default(size))

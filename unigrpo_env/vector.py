@@ -113,7 +113,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
 
     def texts(self) -> list[str]:
         """What each row has written so far."""
-        return [self.episodes.text(row) for row in range(self.num_envs)]
+        return self.episodes.texts(range(self.num_envs))
 
     def images(self) -> Tensor:
         """The picture of each row as it stands, `[N, 3, height, width]` in [0, 1]."""
