@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.flow import Window, ode_step, sde_step
+from agents.flow import KERNELS, Window, ode_step
+from agents.guidance import Guidance, guided_velocity
 from agents.models.seam import Context, UnifiedModel
 from unigrpo_env.mdp import Phase, keyed_noise
 
@@ -86,11 +87,19 @@ class Actor:
     """
 
     def __init__(
-        self, model: UnifiedModel[Any], *, temperature: float = 1.0, window: Window | None = None, noise_level: float = 0.8
+        self,
+        model: UnifiedModel[Any],
+        *,
+        temperature: float = 1.0,
+        window: Window | None = None,
+        noise_level: float = 0.8,
+        kernel: str = "flow_sde",
+        guidance: Guidance | None = None,
     ) -> None:
         if temperature < 0:
             raise ValueError(f"expected temperature >= 0, got {temperature}")
         self.model, self.temperature, self.window, self.noise_level = model, temperature, window, noise_level
+        self.kernel, self.guidance = None if kernel == "ode" else KERNELS[kernel], guidance
         self.window_start: Tensor | None = None
         self._context: Context | None = None
         self._seeds: list[int] | None = None
@@ -173,11 +182,11 @@ class Actor:
     def _draw(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
         x, t, next_t = observation["latent"], observation["t"], observation["next_t"]
         assert self._context is not None
-        velocity = self.model.velocity(self._context, x, t)
+        velocity = guided_velocity(self.model, self._context, x, t, self.guidance)
         inside = self._inside_window(observation["step"])
         stochastic = inside is not None and bool(inside.any())
-        if stochastic:
-            step = sde_step(x, velocity, t, next_t, self.noise_level * inside)  # type: ignore[operator]
+        if stochastic and self.kernel is not None:
+            step = self.kernel(x, velocity, t, next_t, self.noise_level * inside)  # type: ignore[operator]
             mean, latent = step.mean, step.sample(self._step_noise(observation))
         else:
             mean = latent = ode_step(x, velocity, t, next_t)

@@ -95,14 +95,14 @@ class Collector:
         """Prompts a call."""
         return self.env.num_envs // self.group_size
 
-    def collect(self, prompts: Sequence[Prompt], seed: int) -> TensorDict:
-        """Play one episode for each member of each prompt's group; the same arguments and weights give the same trajectories."""
+    def collect(self, prompts: Sequence[Prompt], seed: int, iteration: int = 0) -> TensorDict:
+        """Play one episode for each member of each prompt's group; the same arguments and weights give the same trajectories. `iteration`: where a sliding window stands."""
         if len(prompts) != self.groups:
             raise ValueError(f"expected {self.groups} prompts, one a group, got {len(prompts)}")
         env, size = self.env, self.group_size
         seeds = np.random.SeedSequence(seed).generate_state(env.num_envs).astype(np.int64)
         image_seeds = seeds.reshape(-1, size)[:, :1].repeat(size, 1).ravel() if self.shared_noise else seeds
-        starts = self.window.draw(self.groups, torch.Generator().manual_seed(int(seeds[0]))).repeat_interleave(size)
+        starts = self.window.draw(self.groups, torch.Generator().manual_seed(int(seeds[0])), iteration).repeat_interleave(size)
         device = env.episodes.state.phase.device
         observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": [p for p in prompts for _ in range(size)]})
         self.actor.start(seeds.tolist(), starts.to(device))

@@ -16,7 +16,16 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from agents.flow import KERNELS
+from agents.guidance import RENORMS
 from rewards.registry import closest
+
+IMAGE_OBJECTIVES = {
+    "flow_grpo": "clipped ratio of the stochastic steps' Gaussians, equation (6)",
+    "fpo": "clipped ratio of exp(-flow-matching loss) of the finished picture, noised forward (FPO, AWR); no stochastic steps",
+    "refl": "a differentiable reward, back-propagated through one step of the ODE (ReFL)",
+}
+"""What can teach the image expert."""
 
 
 def setting(default: Any, text: str) -> Any:
@@ -50,22 +59,49 @@ class ModelSettings:
 
 @dataclass
 class AlgorithmSettings:
-    """The objective, equations (1) to (8) of the paper."""
+    """The objective, equations (1) to (8) of the paper and what it is compared with."""
 
+    method: str = setting("rl", "rl: learn from rewarded episodes; sft: learn from the task's lessons")
     text_weight: float = setting(1.0, "weight of the text objective (2); 0 freezes the text expert")
     image_weight: float = setting(1.0, "weight of the image objective (6), lambda; 0 freezes the image expert")
     velocity_weight: float = setting(1e-3, "weight of the velocity penalty (8)")
+    latent_kl_weight: float = setting(0.0, "weight of the exact KL to the reference at the stochastic steps")
+    text_kl_weight: float = setting(0.0, "weight of the tokens' KL to the reference; the paper's beta is 0")
+    image_objective: str = setting("flow_grpo", "flow_grpo, fpo or refl; see unigrpo list")
     text_clip: float = setting(0.2, "clip range of the token ratio")
+    text_clip_high: float | None = setting(None, "clip range on the upper side; empty: text_clip")
+    text_aggregation: str = setting("sequence", "mean over tokens: sequence (each episode's own, then over episodes) or token (all alike)")
     image_clip: float = setting(1e-4, "clip range of the latent ratio; scales with 1 / sqrt(latent values)")
     ratio: str = setting("norm", "latent ratio: norm (equation 5) or plain (equation 4)")
     through_context: bool = setting(True, "whether the image objective reaches the text that the image follows")
     temperature: float = setting(1.0, "sampling temperature of the tokens")
-    noise_level: float = setting(0.8, "a of equation (3): how stochastic the window's steps are")
+    kernel: str = setting("flow_sde", "stochastic step: flow_sde (equation 3), flow_cps or dance; ode: none")
+    noise_level: float = setting(0.8, "how stochastic the window's steps are: a of the kernel")
     window_size: int = setting(3, "stochastic denoising steps an image")
     window_low: int = setting(0, "first step at which the window may begin")
     window_high: int = setting(5, "step before which the window ends")
+    window_slide_every: int = setting(0, "iterations after which the window slides on by a step; 0: a random start for each group")
     shared_noise: bool = setting(False, "whether the images of a group begin with the same noise")
     old_log_prob: str | None = setting(None, "rollout or recompute; empty: rollout in float32, recompute below")
+    refl_reward: str = setting("", "differentiable reward of refl; empty: env.reward")
+    clean_lessons: bool = setting(False, "sft: lessons without habits and slips")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a penalty pulls towards the model that training started from."""
+        return bool(self.velocity_weight or self.latent_kl_weight or self.text_kl_weight)
+
+
+@dataclass
+class GuidanceSettings:
+    """Classifier-free guidance, off in the paper's training; see `agents.guidance`."""
+
+    train: float = setting(1.0, "scale in rollouts and updates; 1: off")
+    evaluate: float = setting(1.0, "scale in evaluations; 1: off")
+    low: float = setting(0.0, "guidance acts at low < t <= high")
+    high: float = setting(1.0, "see guidance.low")
+    renorm: str = setting("global", "bound on the guided velocity's length: none, global, channel or text_channel")
+    renorm_min: float = setting(0.0, "the length is scaled by no less than this")
 
 
 @dataclass
@@ -91,6 +127,11 @@ class TrainerSettings:
     groups: int = setting(8, "prompts an iteration")
     group_size: int = setting(8, "episodes a prompt")
     minibatches: int = setting(2, "disjoint parts of an iteration's groups, one update each")
+    epochs: int = setting(1, "passes over an iteration's episodes; old log-probs stay as they were")
+    dynamic_sampling: str = setting(
+        "keep", "groups whose rewards are all equal: keep, drop (the others count more) or replace (collect again)"
+    )
+    max_collects: int = setting(4, "with replace: collections an iteration, at most")
     micro_batches: int = setting(1, "parts in which an update's gradient is summed up; changes memory, not the update")
     seed: int = setting(0, "everything random is drawn from it")
     max_unscored: float = setting(0.25, "share of episodes without a score at which the run stops")
@@ -129,6 +170,7 @@ class Config:
     env: EnvSettings = field(default_factory=EnvSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     algorithm: AlgorithmSettings = field(default_factory=AlgorithmSettings)
+    guidance: GuidanceSettings = field(default_factory=GuidanceSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -141,6 +183,8 @@ class Config:
             ("trainer.groups", trainer.groups, 1),
             ("trainer.group_size", trainer.group_size, 2),
             ("trainer.minibatches", trainer.minibatches, 1),
+            ("trainer.epochs", trainer.epochs, 1),
+            ("trainer.max_collects", trainer.max_collects, 1),
             ("trainer.micro_batches", trainer.micro_batches, 1),
             ("evaluation.prompts", self.evaluation.prompts, 1),
         ):
@@ -163,12 +207,24 @@ class Config:
             if not low < number < high:
                 raise ValueError(f"expected {low} < {name} < {high}, got {number}")
         for name, choice, choices in (
-            ("algorithm.ratio", self.algorithm.ratio, ("norm", "plain")),
-            ("algorithm.old_log_prob", self.algorithm.old_log_prob, (None, "rollout", "recompute")),
+            ("algorithm.ratio", algorithm.ratio, ("norm", "plain")),
+            ("algorithm.old_log_prob", algorithm.old_log_prob, (None, "rollout", "recompute")),
+            ("algorithm.method", algorithm.method, ("rl", "sft")),
+            ("algorithm.image_objective", algorithm.image_objective, tuple(IMAGE_OBJECTIVES)),
+            ("algorithm.kernel", algorithm.kernel, (*KERNELS, "ode")),
+            ("algorithm.text_aggregation", algorithm.text_aggregation, ("sequence", "token")),
+            ("trainer.dynamic_sampling", trainer.dynamic_sampling, ("keep", "drop", "replace")),
+            ("guidance.renorm", self.guidance.renorm, tuple(RENORMS)),
             ("model.dtype", self.model.dtype, ("float32", "bfloat16")),
         ):
             if choice not in choices:
                 raise ValueError(f"expected {name} to be one of {choices}, got {choice!r}")
+        if algorithm.kernel == "ode" and (
+            algorithm.latent_kl_weight or (algorithm.image_weight and algorithm.image_objective == "flow_grpo")
+        ):
+            raise ValueError(
+                f"expected a stochastic algorithm.kernel for flow_grpo and the latent KL, got 'ode'; choose one of {tuple(KERNELS)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

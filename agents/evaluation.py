@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agents.actor import Actor
 from agents.collector import play
+from agents.guidance import Guidance
 from agents.models.seam import UnifiedModel
 from unigrpo_env.episodes import Variant
 from unigrpo_env.tasks import Prompt
@@ -56,6 +57,7 @@ def evaluate(
     temperature: float = 1.0,
     image_steps: int | None = None,
     seed: int = 1_000_000,
+    guidance: Guidance | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -68,6 +70,7 @@ def evaluate(
         temperature: of the tokens; 0 for greedy text.
         image_steps: denoising steps; the variant's own if left out.
         seed: of the first episode.
+        guidance: classifier-free guidance; none if left out.
         batch_size: episodes at a time; changes no result beyond rounding.
         device: where the env lives.
     """
@@ -75,7 +78,7 @@ def evaluate(
         raise ValueError("expected at least one prompt to evaluate on, got none")
     if image_steps is not None:
         variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, image_steps=image_steps))
-    actor = Actor(model, temperature=temperature)
+    actor = Actor(model, temperature=temperature, guidance=guidance)
     parts: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])

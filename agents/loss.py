@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -11,9 +12,22 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from agents.actor import read_prompts, token_log_probs
-from agents.flow import sde_step
+from agents.config import AlgorithmSettings
+from agents.flow import KERNELS
+from agents.guidance import Guidance, guided_velocity
 from agents.models.seam import Context, UnifiedModel
-from agents.objectives import clip_fraction, image_loss, plain_log_ratio, ratio_norm, text_loss, velocity_mse
+from agents.objectives import (
+    clip_fraction,
+    flow_matching_loss,
+    image_loss,
+    latent_kl,
+    plain_log_ratio,
+    ratio_norm,
+    refl_loss,
+    text_kl,
+    text_loss,
+    velocity_mse,
+)
 
 
 @dataclass
@@ -39,6 +53,7 @@ def replay(
     temperature: float = 1.0,
     through_context: bool = True,
     look: bool = True,
+    guidance: Guidance | None = None,
 ) -> Replay:
     """Read recorded episodes once, teacher-forced: all tokens' log-probabilities and all stochastic steps' velocities from one context.
 
@@ -49,6 +64,7 @@ def replay(
         temperature: as in the rollout.
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
         look: False leaves the velocities out, where text alone is learnt.
+        guidance: as in the rollout.
     """
     logits, context = read_episodes(model, episodes)
     tokens, longest = episodes["tokens"], logits.shape[1]
@@ -60,7 +76,7 @@ def replay(
     unused = (0, tokens.shape[1] - longest)
     found = Replay(nn.functional.pad(log_prob, unused), nn.functional.pad(entropy, unused), None)
     if look:
-        found.velocity = window_velocities(model, context if through_context else context.detach(), episodes)
+        found.velocity = window_velocities(model, context if through_context else context.detach(), episodes, guidance)
     return found
 
 
@@ -75,16 +91,17 @@ def read_episodes(model: UnifiedModel[Any], episodes: TensorDictBase) -> tuple[T
     return torch.cat([logits, later[:, :-1]], 1), context
 
 
-def window_velocities(model: UnifiedModel[Any], context: Context, episodes: TensorDictBase) -> Tensor:
-    """Velocities `[N, W, L, C]` at the stochastic steps."""
+def window_velocities(model: UnifiedModel[Any], context: Context, episodes: TensorDictBase, guidance: Guidance | None = None) -> Tensor:
+    """Velocities `[N, W, L, C]` at the recorded steps."""
     latents, times = episodes["window_latents"][:, :-1], episodes["window_times"][:, :-1]
-    return model.velocity(context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten()).unflatten(0, times.shape)
+    velocity = guided_velocity(model, context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten(), guidance)
+    return velocity.unflatten(0, times.shape)
 
 
-def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float, kernel: str = "flow_sde") -> tuple[Tensor, Tensor]:
     """Means `[N, W, L, C]` and stds `[N, W]` of the stochastic steps under a velocity."""
     times, shape = episodes["window_times"], velocity.shape[:2]
-    step = sde_step(
+    step = KERNELS[kernel](
         episodes["window_latents"][:, :-1].flatten(0, 1),
         velocity.flatten(0, 1),
         times[:, :-1].flatten(),
@@ -94,32 +111,55 @@ def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float)
     return step.mean.unflatten(0, shape), step.std.unflatten(0, shape)
 
 
-class UniGRPOLoss(LossModule):
-    """Equation (7): text loss + image_weight * image loss + velocity_weight * velocity penalty.
+def forward_points(episodes: TensorDictBase, shift: float, generator: torch.Generator) -> None:
+    """Put points of the forward process in place of the rollout's: `window_latents` become x_t = (1 - t) x_0 + t noise of the finished `latent` x_0.
 
-    Reads the keys of `Collector`'s layout and two more, `[N]` each: `advantage`, and `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
-    a score). The losses are sums under these weights, so an update does not depend on how it is split into micro-batches.
+    Args:
+        episodes: N trajectories, changed in place.
+        shift: t is uniform, shifted as in `time_grid`.
+        generator: of t and noise, on the CPU.
+    """
+    latent, times = episodes["latent"], episodes["window_times"]
+    t = torch.rand(times.shape, generator=generator).clamp_(min=1e-3)
+    t = (shift * t / (1 + (shift - 1) * t)).to(latent.device)
+    noise = torch.randn(episodes["window_latents"].shape, generator=generator).to(latent.device)
+    level = t[..., None, None]
+    episodes["window_latents"], episodes["window_times"] = (1 - level) * latent[:, None] + level * noise, t
+
+
+def window_flow_loss(episodes: TensorDictBase, velocity: Tensor) -> Tensor:
+    """`[N, W]`, the flow-matching loss at `forward_points`."""
+    return flow_matching_loss(velocity, episodes["window_latents"][:, :-1], episodes["latent"], episodes["window_times"][:, :-1])
+
+
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Latents `[N, L, C]` with a gradient, groups `[N]` -> rewards `[N]` with one."""
+
+
+class UniGRPOLoss(LossModule):
+    """Equation (7): text loss + image_weight * image loss + penalties, and the losses of the methods it is compared with.
+
+    Reads the keys of `Collector`'s layout and three more, `[N]` each: `advantage`; `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
+    a score); `text_share`, the same for the text terms (equal to `weight`, or an episode's share of all chosen tokens). The losses are sums under these weights, so an update does
+    not depend on how it is split into micro-batches.
 
     Of TorchRL's own GRPO parts this uses the frame alone: its `GRPOLoss` knows token log-probs of one sequence model, and has no room for latents.
 
     Args:
         model: the policy.
-        reference: the frozen model of equation (8); None for no penalty.
+        reference: the frozen model of the penalties; None for none.
         legal_tokens: `[V]` bool.
-        temperature: of the rollout.
-        noise_level: a of equation (3), of the rollout.
-        text_weight, image_weight, velocity_weight: of the three terms; lambda and the MSE weight of the paper are the last two.
-        text_clip, image_clip: eps of (2) and of (6).
-        ratio: `norm` for equation (5), `plain` for (4).
-        through_context: whether the image terms reach the text that the image was drawn after.
+        settings: weights, clip ranges and choices; see `agents.config.AlgorithmSettings`.
+        guidance: of the rollout; None for none, as in the paper.
+        score: the differentiable reward, for ReFL alone.
     """
 
     in_keys = (
-        "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob",
-        "window_latents", "window_means", "window_times", "has_image", "advantage", "weight",
+        "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob", "latent", "group",
+        "window_latents", "window_means", "window_times", "has_image", "advantage", "weight", "text_share",
     )  # fmt: skip
     out_keys = (
-        "loss_text", "loss_image", "loss_velocity",
+        "loss_text", "loss_image", "loss_velocity", "loss_kl",
         "entropy", "text_clip_fraction", "image_clip_fraction", "text_log_ratio", "image_log_ratio",
     )  # fmt: skip
 
@@ -128,28 +168,35 @@ class UniGRPOLoss(LossModule):
         model: UnifiedModel[Any],
         reference: UnifiedModel[Any] | None,
         legal_tokens: Tensor,
+        settings: AlgorithmSettings | None = None,
         *,
-        temperature: float = 1.0,
-        noise_level: float = 0.8,
-        text_weight: float = 1.0,
-        image_weight: float = 1.0,
-        velocity_weight: float = 0.0,
-        text_clip: float = 0.2,
-        image_clip: float = 1e-4,
-        ratio: Literal["norm", "plain"] = "norm",
-        through_context: bool = True,
+        guidance: Guidance | None = None,
+        score: Score | None = None,
     ) -> None:
         super().__init__()
-        if velocity_weight and reference is None:
-            raise ValueError(f"expected a reference model for {velocity_weight=}, got None; give one or set the weight to 0")
+        self.settings = settings = settings or AlgorithmSettings()
+        if settings.needs_reference and reference is None:
+            raise ValueError("expected a reference model for the penalties, got None; give one or set their weights to 0")
+        if settings.image_objective == "refl" and score is None:
+            raise ValueError("expected a differentiable reward for the image objective 'refl', got none; give `score`")
         self.model = model
         self.__dict__["reference"] = reference  # not a part of this module: it must not be trained, moved or saved with it
         self.register_buffer("legal_tokens", legal_tokens)
-        self.temperature, self.noise_level = temperature, noise_level
-        self.text_weight, self.image_weight, self.velocity_weight = text_weight, image_weight, velocity_weight
-        self.text_clip, self.image_clip = text_clip, image_clip
-        self.log_ratio = {"norm": ratio_norm, "plain": plain_log_ratio}[ratio]
-        self.through_context = through_context
+        self.guidance, self.score = guidance, score
+        self.log_ratio = {"norm": ratio_norm, "plain": plain_log_ratio}[settings.ratio]
+
+    def replay(self, model: UnifiedModel[Any], episodes: TensorDictBase) -> Replay:
+        """What `model` says of the episodes, as far as the terms need it."""
+        settings = self.settings
+        return replay(
+            model,
+            episodes,
+            self.legal_tokens,
+            temperature=settings.temperature,
+            through_context=settings.through_context,
+            look=bool(settings.image_weight or settings.velocity_weight or settings.latent_kl_weight),
+            guidance=self.guidance,
+        )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Losses (to be summed and minimised) and detached metrics, all scalars.
@@ -157,40 +204,57 @@ class UniGRPOLoss(LossModule):
         Metrics: `entropy`, mean over chosen tokens, nats. `*_clip_fraction`, the share of ratios whose gradient the clip cuts off. `*_log_ratio`,
         the largest |log ratio|: rounding error alone before the first update on a batch.
         """
-        now = replay(
-            self.model,
-            tensordict,
-            self.legal_tokens,
-            temperature=self.temperature,
-            through_context=self.through_context,
-            look=bool(self.image_weight or self.velocity_weight),
-        )
-        advantage, weight, chosen = tensordict["advantage"], tensordict["weight"], tensordict["chosen_mask"]
-        text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, self.text_clip)
+        settings, now = self.settings, self.replay(self.model, tensordict)
+        advantage, chosen = tensordict["advantage"], tensordict["chosen_mask"]
+        has_image, weight, share = tensordict["has_image"], tensordict["weight"], tensordict["text_share"]
+        clips = settings.text_clip, settings.text_clip_high
+        text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, *clips)
         log_ratio = torch.zeros_like(tensordict["window_times"][:, 1:])
+        image = penalty = kl = torch.zeros_like(text)
         if now.velocity is not None:
-            mean, std = window_means(tensordict, now.velocity, self.noise_level)
-            log_ratio = self.log_ratio(tensordict["window_latents"][:, 1:], mean, tensordict["window_means"], std)
-            log_ratio = torch.where(tensordict["has_image"][:, None], log_ratio, 0)
-        image = image_loss(log_ratio, advantage, self.image_clip)
-        penalty = torch.zeros_like(image)
-        if self.velocity_weight and now.velocity is not None:
+            if settings.image_objective == "refl":
+                image = self._refl(tensordict, now.velocity)
+            else:
+                log_ratio = torch.where(has_image[:, None], self._image_log_ratio(tensordict, now.velocity), 0)
+                image = image_loss(log_ratio, advantage, settings.image_clip)
+        if settings.needs_reference:
             with torch.no_grad():
-                _, context = read_episodes(self.reference, tensordict)
-                anchor = window_velocities(self.reference, context, tensordict)
-            penalty = torch.where(tensordict["has_image"], velocity_mse(now.velocity, anchor), 0)
+                anchor = self.replay(cast(UnifiedModel[Any], self.reference), tensordict)
+            kl = settings.text_kl_weight * text_kl(now.log_prob, anchor.log_prob, chosen) * (share / weight.clamp(min=1e-12))
+            if now.velocity is not None and anchor.velocity is not None:
+                penalty = torch.where(has_image, velocity_mse(now.velocity, anchor.velocity), 0)
+            if now.velocity is not None and anchor.velocity is not None and settings.latent_kl_weight:
+                (mean, std), (anchored, _) = (self._means(tensordict, velocity) for velocity in (now.velocity, anchor.velocity))
+                kl = kl + settings.latent_kl_weight * torch.where(has_image, latent_kl(mean, anchored, std), 0)
         text_log_ratio = torch.where(chosen, now.log_prob - tensordict["log_prob"], 0).detach()
         everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
         image_log_ratio = log_ratio.detach()
         return TensorDict(
             {
-                "loss_text": self.text_weight * (weight * text).sum(),
-                "loss_image": self.image_weight * (weight * image).sum(),
-                "loss_velocity": self.velocity_weight * (weight * penalty).sum(),
+                "loss_text": settings.text_weight * (share * text).sum(),
+                "loss_image": settings.image_weight * (weight * image).sum(),
+                "loss_velocity": settings.velocity_weight * (weight * penalty).sum(),
+                "loss_kl": (weight * kl).sum(),
                 "entropy": (now.entropy * chosen).sum() / chosen.sum().clamp(min=1),
-                "text_clip_fraction": clip_fraction(text_log_ratio, advantage[:, None], chosen, self.text_clip),
-                "image_clip_fraction": clip_fraction(image_log_ratio, advantage[:, None], everywhere, self.image_clip),
+                "text_clip_fraction": clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips),
+                "image_clip_fraction": clip_fraction(image_log_ratio, advantage[:, None], everywhere, settings.image_clip),
                 "text_log_ratio": text_log_ratio.abs().max(),
                 "image_log_ratio": image_log_ratio.abs().max(),
             }
         )
+
+    def _means(self, episodes: TensorDictBase, velocity: Tensor) -> tuple[Tensor, Tensor]:
+        return window_means(episodes, velocity, self.settings.noise_level, self.settings.kernel)
+
+    def _image_log_ratio(self, episodes: TensorDictBase, velocity: Tensor) -> Tensor:
+        """`[N, W]`."""
+        if self.settings.image_objective == "fpo":
+            return episodes["flow_loss"] - window_flow_loss(episodes, velocity)
+        mean, std = self._means(episodes, velocity)
+        return self.log_ratio(episodes["window_latents"][:, 1:], mean, episodes["window_means"], std)
+
+    def _refl(self, episodes: TensorDictBase, velocity: Tensor) -> Tensor:
+        """`[N]`: x_0 as seen from the recorded step, scored."""
+        assert self.score is not None
+        seen = episodes["window_latents"][:, 0] - episodes["window_times"][:, :1, None] * velocity[:, 0]
+        return torch.where(episodes["has_image"], refl_loss(self.score(seen, episodes["group"])), 0)

@@ -1,9 +1,11 @@
-"""The objectives of UniGRPO (arXiv 2603.23500) as pure functions. Equation numbers are the paper's.
+"""The objectives of UniGRPO (arXiv 2603.23500) and of the methods it is compared with, as pure functions. Equation numbers are the paper's.
 
 Each returns one value an episode; how episodes are weighted is the caller's business. "Loss" is what is minimised.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def groups_with_signal(reward: Tensor, group: Tensor) -> Tensor:
     return high > low
 
 
-def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_range: float, clip_high: float | None = None) -> Tensor:
     """min(r A, clip(r, 1 - eps, 1 + eps) A) of equations (2) and (6), with r given by its log.
 
     The clip is on the log, at log(1 - eps) and log(1 + eps): an eps of 1e-6 is only eight float32 steps around r = 1. For the same reason the value returned is
@@ -54,33 +56,51 @@ def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_range: float) -
         log_ratio: any shape.
         advantage: broadcastable to it.
         clip_range: eps in (0, 1).
+        clip_high: another eps for the upper side ("clip-higher", arXiv 2503.14476).
     """
-    clipped = log_ratio.clamp(torch.log1p(torch.tensor(-clip_range)).item(), torch.log1p(torch.tensor(clip_range)).item())
+    low, high = _log_range(clip_range, clip_high)
+    clipped = log_ratio.clamp(low, high)
     return torch.minimum(log_ratio.expm1() * advantage, clipped.expm1() * advantage)
 
 
-def clip_fraction(log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_range: float) -> Tensor:
+def _log_range(clip_range: float, clip_high: float | None) -> tuple[float, float]:
+    return math.log1p(-clip_range), math.log1p(clip_range if clip_high is None else clip_high)
+
+
+def clip_fraction(log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_range: float, clip_high: float | None = None) -> Tensor:
     """The share of unmasked entries whose gradient the clip cuts off: ratio past the range on the side that the advantage pulls to."""
-    bound = torch.where(advantage > 0, torch.log1p(torch.tensor(clip_range)), -torch.log1p(torch.tensor(-clip_range)))
+    low, high = _log_range(clip_range, clip_high)
+    bound = torch.where(advantage > 0, high, -low)
     cut = (log_ratio * advantage.sign() > bound) & (advantage != 0)
     return (cut & mask).sum() / mask.sum().clamp(min=1)
 
 
-def text_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, clip_range: float) -> Tensor:
-    """Equation (2) without its KL term (the paper's weight is 0), negated: the clipped surrogate, averaged over an episode's own tokens.
+def text_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, mask: Tensor, clip_range: float, clip_high: float | None = None
+) -> Tensor:
+    """Equation (2) without its KL term (see `text_kl`), negated: the clipped surrogate, averaged over an episode's own tokens.
 
     Args:
         log_prob, old_log_prob: `[N, K]`, of each token under the policy and under the one that wrote it.
         advantage: `[N]`.
         mask: `[N, K]` bool, True for tokens the policy chose.
-        clip_range: eps.
+        clip_range, clip_high: as for `clipped_surrogate`.
 
     Returns:
         `[N]`; 0 for an episode without a token of its own.
     """
     log_ratio = torch.where(mask, log_prob - old_log_prob, 0)
-    surrogate = clipped_surrogate(log_ratio, advantage[:, None], clip_range)
+    surrogate = clipped_surrogate(log_ratio, advantage[:, None], clip_range, clip_high)
     return -(surrogate * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def text_kl(log_prob: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """The KL term of (2) against the frozen reference, by the unbiased, never negative estimate r - log r - 1 with r = p_ref / p (arXiv 2402.03300, equation 4).
+
+    Arguments and result as for `text_loss`; `reference` `[N, K]` are the reference's log-probabilities.
+    """
+    log_ratio = torch.where(mask, reference - log_prob, 0)
+    return ((log_ratio.expm1() - log_ratio) * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def plain_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
@@ -131,3 +151,40 @@ def velocity_mse(velocity: Tensor, reference: Tensor) -> Tensor:
         `[N]`.
     """
     return ((velocity - reference) ** 2).mean((1, 2, 3))
+
+
+def latent_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+    """KL between two Gaussian steps of one std, exact: ||mean - mean_ref||^2 / (2 std^2), by the mean over latent dimensions and stochastic steps.
+
+    Where the std is high this is blind: it is (8) weighted by about 1 / sigma^2.
+
+    Args:
+        mean, reference_mean: `[N, W, L, C]`.
+        std: `[N, W]`, positive.
+
+    Returns:
+        `[N]`.
+    """
+    return (((mean - reference_mean) ** 2).mean((2, 3)) / (2 * std**2)).mean(1)
+
+
+def flow_matching_loss(velocity: Tensor, noisy: Tensor, latent: Tensor, t: Tensor) -> Tensor:
+    """||v - (noise - x_0)||^2 by the mean over latent dimensions, at x_t = (1 - t) x_0 + t noise, hence noise - x_0 = (x_t - x_0) / t.
+
+    Its expectation bounds -log p(x_0) (an ELBO), up to weights of t: the surrogate of FPO and AWR.
+
+    Args:
+        velocity, noisy: `[N, W, L, C]`, v and x_t.
+        latent: `[N, L, C]`, x_0.
+        t: `[N, W]`, positive.
+
+    Returns:
+        `[N, W]`.
+    """
+    target = (noisy - latent[:, None]) / t[..., None, None]
+    return ((velocity - target) ** 2).mean((2, 3))
+
+
+def refl_loss(reward: Tensor) -> Tensor:
+    """ReFL: -R of the picture seen from one step, x_0 = x_t - t v, the gradient through the reward. `[N]` to `[N]`; NaN (unscored) counts 0."""
+    return -reward.nan_to_num(0.0)

@@ -15,6 +15,7 @@ from agents.config import setting
 from agents.models.seam import UnifiedModel
 from unigrpo_env.decoders import PixelDecoder
 from unigrpo_env.episodes import Tokenizer, Variant
+from unigrpo_env.flow_time import shift_time
 from unigrpo_env.tasks import Prompt
 
 
@@ -29,14 +30,14 @@ class Teacher(Protocol):
 class SupervisedSettings:
     """The recipe of the shipped weights."""
 
-    steps: int = setting(1600, "updates")
+    steps: int = setting(1800, "updates")
     batch_size: int = setting(64, "examples an update")
     learning_rate: float = setting(2e-3, "highest learning rate; it warms up and falls along a cosine")
     warmup: int = setting(100, "updates of warm-up")
     drills: float = setting(0.4, "share of the updates, from the first, that are mostly free layouts")
     image_weight: float = setting(10.0, "weight of the flow-matching loss beside the token loss")
     time_shift: float = setting(3.0, "shift of the uniform flow time towards noise")
-    silent: float = setting(0.2, "share of the lessons whose picture follows the prompt without a thought")
+    silent: float = setting(0.0, "share of the lessons whose picture follows the prompt without a thought")
     unprompted: float = setting(0.1, "share of the examples whose picture follows nothing: what guidance steers away from")
     clean: bool = setting(False, "lessons without habits and slips")
     seed: int = setting(0, "of weights, lessons and noise")
@@ -45,7 +46,7 @@ class SupervisedSettings:
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Token lists as `[N, T]` int64, padded with 0, and the mask of what counts."""
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64).view(len(rows), longest)
     return ids, torch.arange(longest) < torch.tensor([[len(row)] for row in rows])
 
 
@@ -58,7 +59,7 @@ def supervised_losses(
     t: Tensor,
     noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The two losses of a batch, in nats a token and mean squared velocity error.
+    """The two losses of a batch, in nats a token (0 without a thought) and mean squared velocity error.
 
     Args:
         model: the four verbs.
@@ -75,12 +76,27 @@ def supervised_losses(
     asked, asked_mask = segments(None if prompt is None else prompt.text for prompt in prompts)
     said, said_mask = segments(thoughts)
     _, context = model.read_text(model.start(len(prompts)), asked, asked_mask, last_only=True)
-    logits, context = model.read_text(context, said, said_mask)
-    targets = said[:, 1:].masked_fill(~said_mask[:, 1:], -100)
-    text = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+    text = torch.zeros((), device=latents.device)
+    if said.shape[1]:
+        logits, context = model.read_text(context, said, said_mask)
+        targets = said[:, 1:].masked_fill(~said_mask[:, 1:], -100)
+        text = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
     level = t[:, None, None]
     velocity = model.velocity(context, (1 - level) * latents + level * noise, t)
     return text, F.mse_loss(velocity, noise - latents)
+
+
+def lessons(variant: Variant, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor, Tensor]:
+    """Prompts, thoughts, pictures and their latents from a task that teaches.
+
+    Raises:
+        ValueError: the task has no lessons, or its latents are not pixels.
+    """
+    task, decoder = cast(Teacher, variant.task), variant.decode
+    if not hasattr(task, "lessons") or not isinstance(decoder, PixelDecoder):
+        raise ValueError(f"expected a task with lessons and pixel latents, got {type(task).__name__} and {type(decoder).__name__}")
+    prompts, thoughts, pictures = task.lessons(count, seed, clean=clean)
+    return prompts, thoughts, pictures, decoder.encode(pictures)
 
 
 def train_supervised(
@@ -100,9 +116,6 @@ def train_supervised(
         after_step: called with the step (from 1) and the losses.
         first_lesson: number of the first lesson, so that further training sees new ones.
     """
-    task, decoder = cast(Teacher, variant.task), variant.decode
-    if not hasattr(task, "lessons") or not isinstance(decoder, PixelDecoder):
-        raise ValueError(f"expected a task with lessons and pixel latents, got {type(task).__name__} and {type(decoder).__name__}")
     generator = torch.Generator().manual_seed(settings.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -114,16 +127,16 @@ def train_supervised(
     for step in range(settings.steps):
         lesson = settings.seed * 1_000_000 + first_lesson + step
         drilled = settings.batch_size * 3 // 4 if step < settings.drills * settings.steps else 0
-        prompts, thoughts, pictures = task.lessons(settings.batch_size - drilled, lesson, clean=settings.clean)
+        prompts, thoughts, _, latents = lessons(variant, settings.batch_size - drilled, lesson, clean=settings.clean)
         if drilled:
-            more = task.drills(drilled, lesson)
-            prompts, thoughts, pictures = prompts + more[0], thoughts + more[1], torch.cat([pictures, more[2]])
+            more = cast(Teacher, variant.task).drills(drilled, lesson)
+            prompts, thoughts = prompts + more[0], thoughts + more[1]
+            latents = torch.cat([latents, cast(PixelDecoder, variant.decode).encode(more[2])])
         chance = torch.rand(len(prompts), generator=generator).tolist()
         unprompted = [p < settings.unprompted for p in chance]
         silent = [p < settings.unprompted + settings.silent for p in chance[: settings.batch_size - drilled]] + [False] * drilled
         t = torch.rand(len(prompts), generator=generator)
-        t = settings.time_shift * t / (1 + (settings.time_shift - 1) * t)
-        latents = decoder.encode(pictures)
+        t = shift_time(t, settings.time_shift)
         noise = torch.randn(latents.shape, generator=generator)
         text, image = supervised_losses(
             model,

@@ -11,26 +11,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from agents.actor import Actor
 from agents.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from agents.collector import Collector
-from agents.config import AlgorithmSettings, Config, EnvSettings
+from agents.config import Config, EnvSettings, GuidanceSettings
 from agents.evaluation import Evaluation, evaluate
 from agents.flow import Window
-from agents.loss import UniGRPOLoss, replay, window_means
+from agents.guidance import Guidance
+from agents.loss import UniGRPOLoss, forward_points, window_flow_loss, window_means
 from agents.models import UnifiedModel, load_model
 from agents.objectives import group_advantage, groups_with_signal
-from rewards import UnscoredError
+from agents.supervised import lessons, supervised_losses
+from rewards import EpisodeBatch, UnscoredError, WeightedReward
 from unigrpo_env.episodes import Variant
+from unigrpo_env.flow_time import shift_time
 from unigrpo_env.tasks import Prompt, PromptFile
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
@@ -50,6 +53,7 @@ METRICS = {
     "loss_text": "text term of the loss; its gradient matters, not its value",
     "loss_image": "image term of the loss; likewise",
     "loss_velocity": "velocity penalty, weighted: how far the velocity has moved from the reference",
+    "loss_kl": "KL of tokens and of stochastic steps to the reference, weighted",
     "text_grad_norm": "gradient norm of the text expert before clipping",
     "image_grad_norm": "gradient norm of the image expert before clipping",
     "episodes_per_second": "episodes collected and learnt from, a second",
@@ -68,22 +72,11 @@ def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
     return variant if settings.prompts is None else dataclasses.replace(variant, task=PromptFile(settings.prompts))
 
 
-def build_loss(settings: AlgorithmSettings, model: UnifiedModel[Any], reference: UnifiedModel[Any] | None, variant: Variant) -> UniGRPOLoss:
-    """The objective that the settings describe."""
-    return UniGRPOLoss(
-        model,
-        reference,
-        variant.rules.legal_tokens().to(next(model.parameters()).device),
-        temperature=settings.temperature,
-        noise_level=settings.noise_level,
-        text_weight=settings.text_weight,
-        image_weight=settings.image_weight,
-        velocity_weight=settings.velocity_weight,
-        text_clip=settings.text_clip,
-        image_clip=settings.image_clip,
-        ratio=cast(Any, settings.ratio),
-        through_context=settings.through_context,
-    )
+def build_guidance(settings: GuidanceSettings, scale: float) -> Guidance | None:
+    """The guidance that the settings describe; None at scale 1."""
+    if scale == 1:
+        return None
+    return Guidance(scale, low=settings.low, high=settings.high, renorm=settings.renorm, renorm_min=settings.renorm_min)
 
 
 class Trainer:
@@ -107,13 +100,23 @@ class Trainer:
         self.model = (model if model is not None else load_model(config.model.name)).to(config.model.device)
         # Weights stay in float32: at a learning rate of 1e-6 an update would be lost in bfloat16's rounding.
         self.model.compute_dtype = getattr(torch, config.model.dtype)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.velocity_weight else None
+        self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.needs_reference else None
         self.variant = build_variant(config.env)
         self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
-        window = Window(algorithm.window_size, algorithm.window_low, algorithm.window_high)
-        actor = Actor(self.model, temperature=algorithm.temperature, window=window, noise_level=algorithm.noise_level)
+        window = Window(algorithm.window_size, algorithm.window_low, algorithm.window_high, algorithm.window_slide_every)
+        guidance = build_guidance(config.guidance, config.guidance.train)
+        actor = Actor(
+            self.model,
+            temperature=algorithm.temperature,
+            window=window,
+            noise_level=algorithm.noise_level,
+            kernel=algorithm.kernel,
+            guidance=guidance,
+        )
         self.collector = Collector(self.env, actor, trainer.group_size, shared_noise=algorithm.shared_noise)
-        self.loss = build_loss(algorithm, self.model, self.reference, self.variant)
+        legal = self.variant.rules.legal_tokens().to(config.model.device)
+        self.loss = UniGRPOLoss(self.model, self.reference, legal, algorithm, guidance=guidance, score=self._score)
+        self.prompts: list[Prompt] = []
         self.experts = self.model.parameter_lists()
         weights = {"text": algorithm.text_weight, "image": algorithm.image_weight}
         for expert, parameters in self.experts.items():
@@ -142,26 +145,70 @@ class Trainer:
         """
         began, trainer = time.perf_counter(), self.config.trainer
         seed = derived_seed(trainer.seed, self.iteration)
-        episodes = self.collector.collect(self.variant.task.prompts("train", trainer.groups, seed), seed)
-        metrics = self._compare(episodes)
+        metrics = self._learn_lessons(seed) if self.config.algorithm.method == "sft" else self._learn_episodes(seed)
+        self.iteration += 1
+        metrics["episodes_per_second"] = self.env.num_envs / (time.perf_counter() - began)
+        return {name: metrics.get(name, math.nan) for name in METRICS}
+
+    def _learn_episodes(self, seed: int) -> dict[str, float]:
+        trainer = self.config.trainer
+        episodes, metrics = self._gather(seed)
         self.buffer.empty()
         self.buffer.set_rng(torch.Generator().manual_seed(seed))
         self.buffer.extend(episodes)
         parts = [part.flatten(0, 1).to(self.config.model.device) for part in self.buffer]
-        if self.recompute:
-            self._recompute(parts)
+        self._recompute(parts, seed)
         size = trainer.micro_batches
-        updates = [self._update(parts[start : start + size]) for start in range(0, len(parts), size)]
+        updates = [self._update(parts[start : start + size]) for _ in range(trainer.epochs) for start in range(0, len(parts), size)]
         for name in updates[0]:
             # Ratios are rounding error before an iteration's first update alone, so that update is the one to show.
             shown = updates[:1] if name.endswith("log_ratio") else updates
             metrics[name] = sum(update[name] for update in shown) / len(shown)
-        self.iteration += 1
-        metrics["episodes_per_second"] = self.env.num_envs / (time.perf_counter() - began)
-        return {name: metrics[name] for name in METRICS}
+        return metrics
 
-    def _compare(self, episodes: TensorDict) -> dict[str, float]:
-        """Give every episode its advantage, equation (1)."""
+    def _learn_lessons(self, seed: int) -> dict[str, float]:
+        """Supervised: as many lessons as there would be episodes, in as many updates."""
+        settings, trainer, size = self.config.algorithm, self.config.trainer, self.env.num_envs
+        thinks = self.variant.rules.text_budget > 0
+        prompts, thoughts, pictures, latents = lessons(self.variant, size, seed, clean=settings.clean_lessons)
+        generator = torch.Generator().manual_seed(seed)
+        t = shift_time(torch.rand(size, generator=generator), self.variant.rules.time_shift)
+        noise = torch.randn(latents.shape, generator=generator)
+        metrics: dict[str, float] = {}
+        for rows in torch.arange(size).chunk(trainer.minibatches):
+            told = [thoughts[row] if thinks else None for row in rows.tolist()]
+            asked = [prompts[row] for row in rows.tolist()]
+            text, image = supervised_losses(self.model, self.variant.tokenizer, asked, told, latents[rows], t[rows], noise[rows])
+            self.optimizer.zero_grad()
+            losses = {"loss_text": settings.text_weight * text, "loss_image": settings.image_weight * image}
+            (losses["loss_text"] + losses["loss_image"]).backward()
+            for name, value in ({name: float(loss.detach()) for name, loss in losses.items()} | self._step()).items():
+                metrics[name] = metrics.get(name, 0.0) + value / trainer.minibatches
+        batch = EpisodeBatch([p.text for p in prompts], thoughts if thinks else [""] * size, pictures, [p.metadata for p in prompts])
+        return metrics | {"reward": float(self.env.episodes.reward(batch).reward.nanmean())}
+
+    def _gather(self, seed: int) -> tuple[TensorDict, dict[str, float]]:
+        """Collect and compare; with dynamic sampling "replace", collect again for the groups without signal."""
+        trainer = self.config.trainer
+        self.prompts = self.variant.task.prompts("train", trainer.groups, seed)
+        episodes = self.collector.collect(self.prompts, seed, self.iteration)
+        signal, metrics = self._compare(episodes)
+        for attempt in range(1, trainer.max_collects if trainer.dynamic_sampling == "replace" else 1):
+            if signal.all():
+                break
+            again = derived_seed(seed, attempt)
+            prompts = self.variant.task.prompts("train", trainer.groups, again)
+            more = self.collector.collect(prompts, again, self.iteration)
+            found, _ = self._compare(more)
+            for group, other in zip((~signal).nonzero()[:, 0].tolist(), found.nonzero()[:, 0].tolist(), strict=False):
+                more["group"][other] = group
+                episodes[group], self.prompts[group], signal[group] = more[other], prompts[other], True
+        if trainer.dynamic_sampling == "drop":
+            episodes["counts"] &= signal[:, None]
+        return episodes, metrics
+
+    def _compare(self, episodes: TensorDict) -> tuple[Tensor, dict[str, float]]:
+        """Give every episode its advantage, equation (1), and say whether it counts; returns which groups have signal, `[groups]` bool, and metrics."""
         reward, group = episodes["reward"], episodes["group"]
         unscored = float(reward.isnan().float().mean())
         if unscored > self.config.trainer.max_unscored or unscored == 1:
@@ -170,41 +217,63 @@ class Trainer:
                 "Mend the reward, or raise trainer.max_unscored if so many failures are to be expected"
             )
         episodes["advantage"] = group_advantage(reward.flatten(), group.flatten()).view_as(reward)
-        return {
+        episodes["counts"] = ~reward.isnan()
+        signal = groups_with_signal(reward.flatten(), group.flatten())
+        return signal, {
             "reward": float(reward.nanmean()),
-            "signal": float(groups_with_signal(reward.flatten(), group.flatten()).float().mean()),
+            "signal": float(signal.float().mean()),
             "unscored": unscored,
             "thought_length": float(episodes["chosen_mask"].sum(-1).float().mean()),
         }
 
     @torch.no_grad()
-    def _recompute(self, parts: list[TensorDict]) -> None:
-        """Old log-probs and means by the training forward, on the batches of the update: in low precision another batch shape is another number."""
+    def _recompute(self, parts: list[TensorDict], seed: int) -> None:
+        """What the policy says before the first update, by the training forward on the batches of the update.
+
+        In low precision another batch shape is another number; and the points of FPO are none of the rollout's.
+        """
+        settings, generator = self.config.algorithm, torch.Generator().manual_seed(seed)
+        forward = bool(settings.image_weight) and settings.image_objective == "fpo"
         for part in parts:
-            old = replay(self.model, part, self.loss.legal_tokens, temperature=self.loss.temperature)
-            part["log_prob"] = torch.where(part["chosen_mask"], old.log_prob, 0)
-            if old.velocity is not None:
-                part["window_means"], _ = window_means(part, old.velocity, self.loss.noise_level)
+            if forward:
+                forward_points(part, self.variant.rules.time_shift, generator)
+            if not (self.recompute or forward):
+                continue
+            old = self.loss.replay(self.model, part)
+            if self.recompute:
+                part["log_prob"] = torch.where(part["chosen_mask"], old.log_prob, 0)
+            if forward and old.velocity is not None:
+                part["flow_loss"] = window_flow_loss(part, old.velocity)
+            elif old.velocity is not None and settings.kernel != "ode":
+                part["window_means"], _ = window_means(part, old.velocity, settings.noise_level, settings.kernel)
 
     def _update(self, parts: list[TensorDict]) -> dict[str, float]:
-        """One optimiser step on one mini-batch, its gradient summed over micro-batches.
-
-        Raises:
-            FloatingPointError: the gradient is not finite; the weights have not changed.
-        """
-        scored = sum(int((~part["reward"].isnan()).sum()) for part in parts)
+        """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
+        episodes = max(sum(int(part["counts"].sum()) for part in parts), 1)
+        words = max(sum(int(part["chosen_mask"][part["counts"]].sum()) for part in parts), 1)
         metrics: dict[str, float] = {}
         self.optimizer.zero_grad()
         for part in parts:
-            part["weight"] = (~part["reward"].isnan()).float() / max(scored, 1)
+            part["weight"] = part["counts"].float() / episodes
+            alike = self.config.algorithm.text_aggregation == "token"
+            part["text_share"] = part["chosen_mask"].sum(1) * part["counts"] / words if alike else part["weight"]
             out = self.loss(part)
-            (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
+            torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum().backward()
             for name, tensor in out.items():
                 value, known = float(tensor.detach()), metrics.get(name, 0.0)
                 if name.endswith("log_ratio"):
                     metrics[name] = max(known, value)
                 else:
                     metrics[name] = known + (value if name.startswith("loss_") else value / len(parts))
+        return metrics | self._step()
+
+    def _step(self) -> dict[str, float]:
+        """One step along the gradient that has gathered; returns the experts' gradient norms.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights have not changed.
+        """
+        norms: dict[str, float] = {}
         for group, (expert, parameters) in zip(self.optimizer.param_groups, self.experts.items(), strict=True):
             norm = float(nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
             if not math.isfinite(norm):
@@ -212,10 +281,28 @@ class Trainer:
                     f"the gradient of the {expert} expert is {norm} in iteration {self.iteration + 1}; the weights are as before it. "
                     "Lower the learning rates, or look at the reward and the noise level"
                 )
-            metrics[f"{expert}_grad_norm"] = norm
+            norms[f"{expert}_grad_norm"] = norm
             group["lr"] = self.rates[expert] * self._schedule()
         self.optimizer.step()
-        return metrics
+        return norms
+
+    def _score(self, latents: Tensor, groups: Tensor) -> Tensor:
+        """ReFL's reward of latents, with its gradient; words are not shown to it.
+
+        Raises:
+            ValueError: the reward has no gradient.
+        """
+        settings = self.config
+        reward = WeightedReward(settings.algorithm.refl_reward or self.variant.reward)
+        prompts = [self.prompts[group] for group in groups.tolist()]
+        batch = EpisodeBatch([p.text for p in prompts], [""] * len(prompts), self.variant.decode(latents), [p.metadata for p in prompts])
+        scored = reward(batch, keep_gradient=True).reward
+        if latents.requires_grad and not scored.requires_grad:
+            raise ValueError(
+                f"expected a differentiable reward for refl, got {settings.algorithm.refl_reward or self.variant.reward!r}, which gives no gradient; "
+                "name one in algorithm.refl_reward, such as soft_shapes"
+            )
+        return scored.to(latents.device)
 
     def _schedule(self) -> float:
         """Linear rise over `warmup`, then a linear fall to `decay` at the last iteration."""
@@ -225,7 +312,7 @@ class Trainer:
 
     def evaluate(self, *, greedy: bool = False, attempt: int = 0, prompts: int | None = None) -> Evaluation:
         """The model on the held-out split, or on the first `prompts` of it; every `attempt` draws other noise."""
-        settings = self.config.evaluation
+        settings, guidance = self.config.evaluation, self.config.guidance
         variant = build_variant(self.config.env, reward=settings.reward) if settings.reward else self.variant
         return evaluate(
             self.model,
@@ -234,6 +321,7 @@ class Trainer:
             temperature=0.0 if greedy else self.config.algorithm.temperature,
             image_steps=settings.image_steps,
             seed=settings.seed + attempt * settings.prompts,
+            guidance=build_guidance(guidance, guidance.evaluate),
             device=self.config.model.device,
         )
 

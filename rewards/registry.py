@@ -110,6 +110,9 @@ REWARDS: Registry[Reward] = Registry("reward", entry_point_group="unigrpo.reward
 for _name, _place in {
     "shapes": "rewards.shapes:shapes",
     "shapes_score": "rewards.shapes:shapes_score",
+    "shapes_thought": "rewards.shapes:shapes_thought",
+    "crispness": "rewards.shapes:crispness",
+    "soft_shapes": "rewards.soft_shapes:soft_shapes",
     "brevity": "rewards.text:brevity",
     "toy": "rewards.toy:toy",
 }.items():
@@ -181,8 +184,8 @@ class WeightedReward:
             if weight != weight or abs(weight) == float("inf"):
                 raise ValueError(f"expected a finite weight for reward {name!r}, got {weight}")
 
-    def __call__(self, episodes: EpisodeBatch) -> Scores:
-        """Score finished episodes.
+    def __call__(self, episodes: EpisodeBatch, keep_gradient: bool = False) -> Scores:
+        """Score finished episodes, with the gradient to their images if it is asked for and the parts have one.
 
         Raises:
             ValueError: a part returned the wrong shape or no `reward`.
@@ -196,7 +199,7 @@ class WeightedReward:
                 named = dict(result) if isinstance(result, Mapping) else {"reward": result}
                 if "reward" not in named:
                     raise ValueError(f"reward {name!r} returned the components {sorted(named)}; expected one of them to be 'reward'")
-                parts = {part: _per_episode(values, f"{name}/{part}", len(episodes)) for part, values in named.items()}
+                parts = {part: _per_episode(values, f"{name}/{part}", len(episodes), keep_gradient) for part, values in named.items()}
             except Exception as error:
                 error.add_note(f"raised by reward {name!r} on {len(episodes)} episodes")
                 raise
@@ -205,8 +208,9 @@ class WeightedReward:
         return Scores(total, components)
 
 
-def _per_episode(values: Tensor | Sequence[float], label: str, count: int) -> Tensor:
-    tensor = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
+def _per_episode(values: Tensor | Sequence[float], label: str, count: int, keep_gradient: bool) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=torch.float32).cpu()
+    tensor = tensor if keep_gradient else tensor.detach()
     if tensor.shape != (count,):
         raise ValueError(f"reward {label!r} returned shape {list(tensor.shape)}; expected one number an episode, [{count}]")
     return tensor.masked_fill(~tensor.isfinite(), torch.nan)

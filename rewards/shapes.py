@@ -31,6 +31,8 @@ SHAPES = ("circle", "square", "triangle", "cross")
 GROUND = (0.96, 0.96, 0.94)
 KINDS: tuple[tuple[str, str], ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 """(colour, shape) of cell value 1, 2, ...; cell value 0 is empty."""
+PLACES = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
+"""The cells by name, row by row."""
 UNREADABLE = -1
 TOLERANCE = 0.17
 """A cell is legible if its nearest template is within this root mean square distance (pixel values in [0, 1])."""
@@ -76,10 +78,14 @@ def read(images: Tensor) -> Tensor:
         raise ValueError(
             f"expected pictures of shape [N, 3, {SIDE}, {SIDE}], got {list(images.shape)}; the shapes verifier reads no others"
         )
-    cells = images.float().cpu().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    distance = torch.cdist(cells.flatten(2), templates().flatten(1)[None]) / (3 * CELL * CELL) ** 0.5
-    nearest = distance.min(-1)
+    nearest = _distances(images).min(-1)
     return nearest.indices.masked_fill(nearest.values > TOLERANCE, UNREADABLE)
+
+
+def _distances(images: Tensor) -> Tensor:
+    """Root mean square distance of each cell to each template, `[N, 9, 1 + kinds]`."""
+    cells = images.float().cpu().unflatten(2, (GRID, CELL)).unflatten(4, (GRID, CELL)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    return torch.cdist(cells.flatten(2), templates().flatten(1)[None]) / (3 * CELL * CELL) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,11 @@ _RELATIONS = {
 }
 
 
+def relation_table(relation: str) -> Tensor:
+    """`[9, 9]` float32: 1 where the first cell stands in `relation` to the second."""
+    return torch.tensor([[float(_RELATIONS[relation](a, b)) for b in range(GRID * GRID)] for a in range(GRID * GRID)])
+
+
 def judge(layout: Sequence[int], metadata: Mapping[str, Any]) -> Verdict:
     """Set a layout that was read against a prompt's `metadata`.
 
@@ -139,6 +150,33 @@ def verdicts(episodes: EpisodeBatch) -> list[Verdict | None]:
     """A verdict an episode, on its last picture; None for a prompt that says nothing of what is required."""
     layouts = read(episodes.images).tolist()
     return [judge(layout, known) if "objects" in known else None for layout, known in zip(layouts, episodes.metadata, strict=True)]
+
+
+def read_words(text: str) -> list[int] | None:
+    """The layout that a thought such as `two : red circle top , red circle left` describes; None if it describes none."""
+    layout = [0] * (GRID * GRID)
+    for part in text.partition(" : ")[2].split(" , ") if " : " in text else text.split(" , "):
+        words = part.split()
+        if len(words) != 3 or (words[0], words[1]) not in KINDS or words[2] not in PLACES or layout[PLACES.index(words[2])]:
+            return None
+        layout[PLACES.index(words[2])] = 1 + KINDS.index((words[0], words[1]))
+    return layout
+
+
+def shapes_thought(episodes: EpisodeBatch) -> Tensor:
+    """1 if the layout that the thought describes meets every requirement, whatever was drawn; 0 if it describes none."""
+    layouts = [read_words(text) for text in episodes.texts]
+    return torch.tensor(
+        [
+            judge(layout or [UNREADABLE], known).strict if "objects" in known else torch.nan
+            for layout, known in zip(layouts, episodes.metadata, strict=True)
+        ]
+    )
+
+
+def crispness(episodes: EpisodeBatch) -> Tensor:
+    """1 less the mean distance from each pixel to the nearest picture of the alphabet, in units of the verifier's tolerance: what no task reward looks at."""
+    return 1 - _distances(episodes.images).min(-1).values.mean(1) / TOLERANCE
 
 
 def _strict_and_score(episodes: EpisodeBatch) -> tuple[Tensor, Tensor]:

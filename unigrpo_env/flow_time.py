@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Flow times moved towards noise: `s t / (1 + (s - 1) t)` (UniGRPO, table 3: s = 3)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """`steps + 1` float32 times from 1 to 0, moved towards noise by `t <- s t / (1 + (s - 1) t)` (UniGRPO, table 3: s = 3).
+    """`steps + 1` float32 times from 1 to 0, moved towards noise by `shift_time`.
 
     Args:
         steps: the number of transitions, at least 1.
@@ -22,4 +27,4 @@ def time_grid(steps: int, shift: float = 1.0) -> Tensor:
     if steps < 1 or not shift > 0:
         raise ValueError(f"expected steps >= 1 and shift > 0, got {steps=} and {shift=}")
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return (shift * even / (1 + (shift - 1) * even)).float()
+    return shift_time(even, shift).float()

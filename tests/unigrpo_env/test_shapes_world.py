@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rewards.registry import EpisodeBatch
 from rewards.shapes import GRID, KINDS, UNREADABLE, draw, judge, read, shapes
 from unigrpo_env.decoders import PixelDecoder
-from unigrpo_env.shapes_world import PROMPT_KINDS, ShapesTask, is_held_out, make_plan, make_prompt, shapes_tokenizer
+from unigrpo_env.shapes_world import OPENINGS, PROMPT_KINDS, ShapesTask, is_held_out, make_plan, make_prompt, shapes_tokenizer
 
 layouts = st.lists(st.integers(0, len(KINDS)), min_size=9, max_size=9)
 
@@ -60,10 +60,16 @@ def test_relations():
     assert met == {"left of": 1, "right of": 0, "above": 1, "below": 0}
 
 
-def test_splits_share_no_prompt():
+def test_splits_share_no_prompt_and_no_request_of_many():
     task = ShapesTask()
-    train, test = ({p.text for p in task.prompts(split, 2000, 0)} for split in ("train", "test"))
-    assert not train & test
+    train, test = ({p.text: p for p in task.prompts(split, 4000, 0)} for split in ("train", "test"))
+    assert not train.keys() & test.keys()
+    requests = [
+        {min((text.removeprefix(o) for o in OPENINGS), key=len) for text, p in split.items() if p.metadata["kind"] not in ("single", "two")}
+        for split in (train, test)
+    ]
+    assert not requests[0] & requests[1]
+    assert {p.metadata["kind"] for p in train.values()} == {p.metadata["kind"] for p in test.values()} == set(PROMPT_KINDS)
     assert not any(is_held_out(text) for text in train)
     assert Counter(p.metadata["kind"] for p in task.prompts("test", 256, 0)) == dict.fromkeys(PROMPT_KINDS, 32)
     assert task.prompts("test", 256, 0) == task.prompts("test", 256, 0)
