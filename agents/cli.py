@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, pretrain, list."""
+"""The command line: train, evaluate, sample, pretrain, tables, list."""
 
 from __future__ import annotations
 
@@ -83,7 +83,13 @@ def _parser() -> Parser:
             pretrain.add_argument(flag, type=type(entry.default), default=entry.default, help=f"{entry.metadata['help']} [{entry.default}]")
     pretrain.add_argument("--model", help="go on from this model instead of from nothing")
     pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
-    command("list", "What is there: configs, variants, rewards, models.")
+    tables = command("tables", "The paper's comparisons on the shipped model: every row, both ablations, one page.")
+    tables.add_argument("--out", default="outputs/tables", help="folder of runs and page; what is done there is kept [outputs/tables]")
+    tables.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
+    tables.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows alone")
+    tables.add_argument("--workers", type=int, help="runs at a time, one thread each; as many as cores if left out")
+    tables.add_argument("--page-only", action="store_true", help="write the page of what is there already")
+    command("list", "What is there: methods, kernels, objectives, variants, rewards, models.")
     return parser
 
 
@@ -205,25 +211,52 @@ def _pretrain(args: argparse.Namespace, console: Console) -> None:
     console.print(f"weights  {folder}", highlight=False)
 
 
+def _tables(args: argparse.Namespace, console: Console) -> None:
+    from agents.tables import QUICK, Plan, jobs, results, run_tables
+    from agents.tables_page import write_page
+
+    folder, plan = Path(args.out), QUICK if args.quick else Plan()
+    if not args.page_only:
+        run_tables(folder / "runs", plan, console, args.rows, args.workers)
+    found = results(jobs(folder / "runs", plan))
+    if not found:
+        raise ValueError(f"expected finished runs in {folder / 'runs'}, found none; run without --page-only first")
+    console.print(f"page  {write_page(folder, found, plan)}", highlight=False, soft_wrap=True)
+
+
 def _list(args: argparse.Namespace, console: Console) -> None:
-    from agents.config import config_names
+    from agents.config import IMAGE_OBJECTIVES, config_names
+    from agents.flow import KERNELS
+    from agents.guidance import RENORMS
     from agents.models import MODELS
     from agents.trainer import import_modules
     from rewards import REWARDS
     from unigrpo_env.variants import VARIANTS
 
     import_modules(args.imports)
-    console.print("[bold]configs[/bold]")
     from importlib.resources import files
 
-    for name in config_names():
-        first = (files("agents.configs") / f"{name}.yaml").read_text().splitlines()[0]
-        console.print(f"  {name:<16} {first.lstrip('# ')}", highlight=False, soft_wrap=True)
-    for title, registry in (("variants", VARIANTS), ("rewards", REWARDS)):
+    def first_line(thing: object) -> str:
+        return ((thing.__doc__ or "").strip().splitlines() or [""])[0]
+
+    methods = {name: (files("agents.configs") / f"{name}.yaml").read_text().splitlines()[0].lstrip("# ") for name in config_names()}
+    penalties = {
+        "velocity_weight": "squared distance of velocities to the reference, equation (8)",
+        "latent_kl_weight": "exact KL of the stochastic steps to the reference",
+        "text_kl_weight": "KL of the tokens to the reference",
+    }
+    for title, entries in (
+        ("configs (--config)", methods),
+        ("image objectives (algorithm.image_objective)", IMAGE_OBJECTIVES),
+        ("kernels (algorithm.kernel)", {name: first_line(kernel) for name, kernel in KERNELS.items()}),
+        ("penalties (algorithm.*)", penalties),
+        ("guidance renormalisations (guidance.renorm)", RENORMS),
+        ("variants (env.variant)", {name: first_line(VARIANTS[name]) for name in VARIANTS}),
+        ("rewards (env.reward)", {name: first_line(REWARDS[name]) for name in REWARDS}),
+    ):
         console.print(f"[bold]{title}[/bold]")
-        for name in registry:
-            summary = (registry[name].__doc__ or "").strip().splitlines() or [""]
-            console.print(f"  {name:<16} {summary[0]}", highlight=False, soft_wrap=True)
+        for name, text in entries.items():
+            console.print(f"  {name:<22} {text}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"[bold]models[/bold]\n  {'  '.join(MODELS)}", highlight=False)
 
 
@@ -232,7 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     console = Console()
     try:
-        {"train": _train, "evaluate": _evaluate, "sample": _sample, "pretrain": _pretrain, "list": _list}[args.command](args, console)
+        {"train": _train, "evaluate": _evaluate, "sample": _sample, "pretrain": _pretrain, "tables": _tables, "list": _list}[args.command](
+            args, console
+        )
     except (ValueError, TypeError, ImportError, OSError, FloatingPointError, UnscoredError) as error:
         if getattr(error, "__notes__", None):
             raise  # a reward's own error, with its traceback

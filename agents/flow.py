@@ -43,7 +43,9 @@ def _gaussian_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, varia
 
 
 def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level: float | Tensor) -> FlowStep:
-    """Flow-SDE, UniGRPO's own: sigma = a sqrt(t / (1 - t)). Equation (3):
+    """Flow-SDE, UniGRPO's own, with sigma = a sqrt(t / (1 - t)).
+
+    Equation (3):
 
         mean = x (1 + sigma^2 / (2 t) dt) + v (1 + sigma^2 (1 - t) / (2 t)) dt,   std = sigma sqrt(-dt).
 
@@ -61,13 +63,18 @@ def sde_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level
 
 
 def dance_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level: float | Tensor) -> FlowStep:
-    """DanceGRPO (arXiv 2505.07818): the same SDE with a constant sigma = a, so std = a sqrt(-dt). Arguments as for `sde_step`."""
+    """DanceGRPO (arXiv 2505.07818): the same SDE with a constant sigma = a, so std = a sqrt(-dt).
+
+    Arguments as for `sde_step`.
+    """
     level = torch.as_tensor(noise_level, dtype=torch.float32, device=x.device)
     return _gaussian_step(x, velocity, t, next_t, (level**2).expand(t.shape))
 
 
 def cps_step(x: Tensor, velocity: Tensor, t: Tensor, next_t: Tensor, noise_level: float | Tensor) -> FlowStep:
-    """Flow-CPS (arXiv 2509.05952): the total noise of a step stays what the schedule says, part of it fresh. With x0 = x - t v and x1 = x + (1 - t) v:
+    """Flow-CPS (arXiv 2509.05952): the noise in a latent stays what the schedule says, part of it fresh.
+
+    With x0 = x - t v and x1 = x + (1 - t) v:
 
         mean = (1 - t') x0 + t' cos(a pi / 2) x1,   std = t' sin(a pi / 2),   t' = next_t.
 

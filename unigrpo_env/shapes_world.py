@@ -28,6 +28,8 @@ OPENINGS = ("", "draw ", "show ", "a picture of ")
 RELATIONS = ("left of", "right of", "above", "below")
 FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends": 2}
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
+FOREIGN_KINDS = ("three", "mixed", "chain")
+"""Kinds that no training prompt has: three objects, two counts, and sums of three numbers."""
 MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<unk>")
 HELD_OUT_SHARE = 5
 """One prompt in about this many is kept for evaluation and never trained on; see `is_held_out`."""
@@ -95,7 +97,7 @@ def _one(colour: str | None, shape: str) -> dict:
 
 
 def make_prompt(kind: str, rng: random.Random) -> Prompt:
-    """A random prompt of one of `PROMPT_KINDS`, held out or not."""
+    """A random prompt of one of `PROMPT_KINDS` or `FOREIGN_KINDS`, held out or not."""
     colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
     other_colour = rng.choice([c for c in COLOURS if c != colour])
     other_shape = rng.choice([s for s in SHAPES if s != shape])
@@ -139,8 +141,24 @@ def make_prompt(kind: str, rng: random.Random) -> Prompt:
     elif kind == "corners":
         fact = rng.choice(list(FACTS))
         text, objects = f"as many {_many(maybe, shape)} as {fact}", [{"count": FACTS[fact], "colour": maybe, "shape": shape}]
+    elif kind == "three":
+        named = rng.sample(KINDS, 3)
+        return Prompt(" and ".join(_name(*thing) for thing in named), {"kind": kind, "objects": [_one(*thing) for thing in named]})
+    elif kind == "mixed":
+        objects = [
+            {"count": rng.choice([2, 3]), "colour": colour, "shape": shape},
+            {"count": rng.choice([1, 2]), "colour": other_colour, "shape": other_shape},
+        ]
+        text = " and ".join(
+            _name(o["colour"], o["shape"]) if o["count"] == 1 else f"{NUMBERS[o['count']]} {_many(o['colour'], o['shape'])}"
+            for o in objects
+        )
+    elif kind == "chain":
+        parts = rng.choice([(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)])
+        text = f"{' plus '.join(NUMBERS[part] for part in parts)} {_many(colour, shape)}"
+        objects = [{"count": sum(parts), "colour": colour, "shape": shape}]
     else:
-        raise ValueError(f"unknown prompt kind {kind!r}; expected one of {PROMPT_KINDS}")
+        raise ValueError(f"unknown prompt kind {kind!r}; expected one of {PROMPT_KINDS + FOREIGN_KINDS}")
     return Prompt(rng.choice(OPENINGS) + text, {"kind": kind, "objects": objects, **extra})
 
 

@@ -1,0 +1,298 @@
+"""The paper's comparisons, on the shipped model: every row is a config, a number of seeds, and what the paper found.
+
+`unigrpo tables` plays the rows in processes of one thread each, the main ones first, keeps what is done, and goes on after a kill; `agents.tables_page`
+writes the page.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from agents.checkpoint import latest_checkpoint
+from agents.config import Config, load_config
+from agents.evaluation import Evaluation, evaluate
+from agents.logs import read_metrics
+from agents.models import load_model
+from agents.models.files import write_json, write_tensors
+from agents.run import CURVE, run
+from agents.trainer import Trainer, build_guidance, build_variant
+from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
+
+MEASURES, STRIP = "measures.json", "strip.safetensors"
+PROXY = ("env.reward=soft_shapes", "evaluation.reward=shapes", "optimizer.image_lr=3e-4", "optimizer.decay=1.0", "evaluation.every=10")
+"""The reward-hacking study: train on the proxy at a learning rate that does not fall, measure with the verifier."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method.
+
+    Attributes:
+        key: name of its folders.
+        title: as the page shows it.
+        config: one of `agents/configs`; empty for the shipped model as it is.
+        paper: TA and GenEval in the paper's table 1, where it has them.
+        overrides: settings beside the config.
+        seeds: how many runs.
+        start: (row, iteration): begin with that row's weights of the same seed.
+        study: which part of the page it belongs to: table, guidance, penalty, kernels or text.
+    """
+
+    key: str
+    title: str
+    config: str = ""
+    paper: tuple[float, float] | str | None = None
+    overrides: tuple[str, ...] = ()
+    seeds: int = 1
+    start: tuple[str, int] | None = None
+    study: str = "table"
+
+    @property
+    def thinks(self) -> bool:
+        return not self.key.endswith("_no_thinking")
+
+
+ROWS: tuple[Row, ...] = (
+    Row("sft", "SFT, thinking", "sft", (0.7769, 0.82), seeds=3),
+    Row("text_grpo", "TextGRPO, thinking", "text_grpo", (0.8078, 0.88), seeds=3),
+    Row("flow_grpo", "FlowGRPO, thinking", "flow_grpo", (0.8208, 0.86), seeds=3),
+    Row("unigrpo", "**UniGRPO**, thinking", "unigrpo", (0.8381, 0.90), seeds=3),
+    Row("shipped", "shipped model, thinking", "", (0.7132, 0.79)),
+    Row("shipped_no_thinking", "shipped model", "", (0.6810, 0.78)),
+    Row("refl", "ReFL, thinking", "refl", (0.8120, 0.84)),
+    Row("fpo", "FPO / AWR, thinking", "fpo", (0.8159, 0.85)),
+    Row("unifpo", "UniFPO, thinking", "unifpo", "collapsed"),
+    Row("refl_text_grpo", "ReFL, then TextGRPO, thinking", "text_grpo", (0.7987, 0.87), ("trainer.iterations={half}",), start=("refl", 60)),
+    Row("proxy_none", "no penalty", "unigrpo_free", None, PROXY, study="penalty"),
+    Row("proxy_latent_kl", "latent KL", "unigrpo_latent_kl", None, PROXY, study="penalty"),
+    Row("proxy_velocity", "velocity MSE", "unigrpo", None, PROXY, study="penalty"),
+    Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
+    Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83)),
+    Row("flow_grpo_no_thinking", "FlowGRPO", "flow_grpo_no_thinking", (0.8112, 0.88)),
+    Row("fpo_no_thinking", "FPO / AWR", "fpo_no_thinking", (0.7893, 0.87)),
+    Row("refl_no_thinking", "ReFL", "refl_no_thinking", (0.7786, 0.85)),
+    Row("flow_cps", "Flow-CPS", "flow_cps", None, study="kernels"),
+    Row("dance_grpo", "DanceGRPO's constant sigma", "dance_grpo", None, study="kernels"),
+    Row("mix_grpo", "MixGRPO's sliding window", "mix_grpo", None, study="kernels"),
+    Row("all_steps", "all steps but the last", "all_steps", None, study="kernels"),
+    Row("plain_ratio", "plain ratio, equation (4)", "unigrpo", None, ("algorithm.ratio=plain",), study="kernels"),
+    Row("token_mean", "mean over all tokens", "unigrpo", None, ("algorithm.text_aggregation=token",), study="text"),
+    Row("clip_higher", "upper clip 0.28", "unigrpo", None, ("algorithm.text_clip_high=0.28",), study="text"),
+    Row("text_kl", "token KL 0.01", "unigrpo", None, ("algorithm.text_kl_weight=0.01",), study="text"),
+    Row("dynamic_sampling", "dynamic sampling (drop)", "unigrpo", None, ("trainer.dynamic_sampling=drop",), study="text"),
+    Row("two_epochs", "two passes over a batch", "unigrpo", None, ("trainer.epochs=2",), study="text"),
+)
+"""In the order in which they are run."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it: sizes that make it two hours, or two minutes.
+
+    Attributes:
+        iterations: of every run.
+        prompts: held out, for each measure.
+        overrides: for every run.
+        max_seeds: at most so many of a row's seeds.
+    """
+
+    iterations: int = 120
+    prompts: int = 256
+    overrides: tuple[str, ...] = ()
+    max_seeds: int = 3
+
+
+QUICK = Plan(2, 16, ("trainer.groups=2", "trainer.group_size=4", "evaluation.every=1", "trainer.minibatches=1"), max_seeds=1)
+"""A breath of every row: it shows that they run, not what they are worth."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one row."""
+
+    row: Row
+    seed: int
+    folder: str
+    plan: Plan
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def place(self) -> Path:
+        return Path(self.folder) / f"{self.row.key}-{self.seed}"
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run, or of the shipped model's evaluation."""
+        thought = () if self.row.thinks else ("env.text_budget=0",)
+        own = [override.format(half=max(1, self.plan.iterations // 2)) for override in self.row.overrides]
+        settings = [
+            f"trainer.iterations={self.plan.iterations}",
+            f"trainer.seed={self.seed}",
+            f"evaluation.prompts={self.plan.prompts}",
+            f"output.folder={self.place}",
+            f"output.checkpoint_every={max(1, self.plan.iterations // 6)}",
+            "output.keep_checkpoints=10",
+            "output.samples_every=0",
+            "output.tensorboard=false",
+            "trainer.threads=1",
+        ]
+        if self.row.start is not None:
+            base, at = self.row.start
+            settings.append(
+                f"model.name={Path(self.folder) / f'{base}-{self.seed}'}/checkpoints/{max(1, at * self.plan.iterations // 120):06d}/model"
+            )
+        return load_config(self.row.config or "unigrpo", [*settings, *thought, *self.plan.overrides, *own])
+
+    @property
+    def iterations(self) -> int:
+        return self.config.trainer.iterations if self.row.config else 0
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a kept result must have been made of."""
+        return {"row": asdict(self.row) | {"title": None, "paper": None, "seeds": None, "study": None}, "config": self.config.to_dict()}
+
+    @property
+    def done(self) -> bool:
+        """Whether the folder holds this very run, measured."""
+        path = self.place / MEASURES
+        return path.is_file() and json.loads(path.read_text())["recipe"] == json.loads(json.dumps(self.recipe))
+
+
+def jobs(folder: Path, plan: Plan, only: Sequence[str] = ()) -> list[Job]:
+    """Every run, in order.
+
+    Raises:
+        ValueError: a row that is not there.
+    """
+    unknown = set(only) - {row.key for row in ROWS}
+    if unknown:
+        raise ValueError(f"unknown rows {sorted(unknown)}; expected some of: {', '.join(row.key for row in ROWS)}")
+    rows = [row for row in ROWS if not only or row.key in only]
+    return [Job(row, seed, str(folder), plan) for row in rows for seed in range(min(row.seeds, plan.max_seeds))]
+
+
+def play(job: Job) -> None:
+    """Train (or go on with) one run and measure its last weights; in a process of its own."""
+    torch.set_num_threads(1)
+    config, place = job.config, job.place
+    model = load_model(config.model.name)
+    if job.row.config:
+        if not (place / "checkpoints").is_dir() or json.loads((place / "config.json").read_text()) != json.loads(
+            json.dumps(config.to_dict())
+        ):
+            shutil.rmtree(place, ignore_errors=True)
+            trainer = Trainer(config, model)
+        else:
+            trainer = Trainer.resume(place)
+        run(trainer, Console(quiet=True))
+        model = load_model(str(latest_checkpoint(place) / "model"))
+    place.mkdir(parents=True, exist_ok=True)
+    found, strip = measure(model, config, job.plan.prompts)
+    write_tensors({"images": strip.images[:8], "reward": strip.reward[:8]}, place / STRIP)
+    curve = json.loads((place / CURVE).read_text()) if (place / CURVE).is_file() else []
+    texts = {"prompts": [prompt.text for prompt in strip.prompts[:8]], "texts": strip.texts[:8]}
+    write_json({"recipe": job.recipe, "measures": found, "curve": curve, **texts}, place / MEASURES)
+
+
+def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], Evaluation]:
+    """The page's measures of a model, and its sampled answers.
+
+    `accuracy`: strict, sampled text; `greedy`: greedy text; `graded`: share of requirements met; `thought`: share of thoughts whose layout is right;
+    `crispness`: see `rewards.shapes`; `foreign`: strict, on kinds of prompt that training has none of; `guided`: strict, at guidance 2;
+    `by_kind`: strict, for each kind.
+    """
+    variant = build_variant(config.env, reward="shapes + 0 * shapes_thought + 0 * crispness")
+    held_out = ShapesTask(PROMPT_KINDS).prompts("test", prompts, config.evaluation.seed)
+    foreign = ShapesTask(FOREIGN_KINDS).prompts("test", prompts, config.evaluation.seed)
+    sampled = evaluate(model, variant, held_out)
+    parts = {name: float(values.nanmean()) for name, values in sampled.components.items()}
+    return {
+        "accuracy": sampled.accuracy,
+        "greedy": evaluate(model, variant, held_out, temperature=0.0).accuracy,
+        "graded": parts["shapes/score"],
+        "thought": parts["shapes_thought"] if variant.rules.text_budget else None,
+        "crispness": parts["crispness"],
+        "foreign": evaluate(model, variant, foreign).accuracy,
+        "guided": evaluate(model, variant, held_out, guidance=build_guidance(config.guidance, 2.0)).accuracy,
+        "by_kind": sampled.by("kind"),
+    }, sampled
+
+
+def run_tables(folder: Path, plan: Plan, console: Console, only: Sequence[str] = (), workers: int | None = None) -> list[Job]:
+    """Run what is not done yet; returns all jobs.
+
+    Raises:
+        Exception: whatever a run raised; the others are kept.
+    """
+    every = jobs(folder, plan, only)
+    waiting = [job for job in every if not job.done]
+    # A row that starts from another one needs it first.
+    for job in list(waiting):
+        if job.row.start is not None:
+            base = Job(next(row for row in ROWS if row.key == job.row.start[0]), job.seed, job.folder, plan)
+            if not base.done and base not in waiting:
+                waiting.insert(0, base)
+    context = multiprocessing.get_context("spawn")
+    columns = (
+        TextColumn("tables"),
+        BarColumn(),
+        TextColumn("{task.fields[runs]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    # A spawned worker's matrix library must not start a thread for each core beside its neighbour's.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with Progress(*columns, TextColumn("{task.fields[now]}"), console=console, speed_estimate_period=600) as progress:
+        bar = progress.add_task("tables", total=sum(1 + job.iterations for job in waiting), runs="", now="")
+        with ProcessPoolExecutor(workers or max(1, os.cpu_count() or 1), mp_context=context) as pool:
+            running: dict[Future[None], Job] = {}
+            left = list(waiting)
+            while left or running:
+                for job in list(left):
+                    needed = job.row.start and f"{job.row.start[0]}-{job.seed}"
+                    if len(running) < pool._max_workers and not any(other.place.name == needed for other in [*left, *running.values()]):  # type: ignore[attr-defined]
+                        left.remove(job)
+                        running[pool.submit(play, job)] = job
+                finished, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    job = running.pop(future)
+                    future.result()
+                    console.print(
+                        f"{job.place.name:<26} accuracy {json.loads((job.place / MEASURES).read_text())['measures']['accuracy']:.3f}",
+                        highlight=False,
+                    )
+                steps = sum(len(read_metrics(job.place)) if job not in left else 0 for job in waiting)
+                over = len(waiting) - len(left) - len(running)
+                progress.update(
+                    bar,
+                    completed=steps + over,
+                    runs=f"{over}/{len(waiting)} runs",
+                    now="  ".join(job.place.name for job in running.values()),
+                )
+    return every
+
+
+def results(every: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
+    """What was measured, by row, one entry a seed."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in every:
+        if job.done:
+            found.setdefault(job.row.key, []).append(json.loads((job.place / MEASURES).read_text()) | {"folder": str(job.place)})
+    return found
+
+
+__all__ = ["QUICK", "ROWS", "Job", "Plan", "Row", "jobs", "measure", "play", "results", "run_tables"]

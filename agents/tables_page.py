@@ -1,0 +1,257 @@
+"""The page of `unigrpo tables`: Markdown and three pictures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import torch
+from matplotlib import pyplot
+from PIL import Image, ImageDraw, ImageFont
+
+from agents.logs import read_metrics
+from agents.models.files import read_tensors
+from agents.report import FAINT, INK, PAPER, RIGHT, WRONG
+from agents.tables import ROWS, STRIP, Plan, Row
+from unigrpo_env.rendering import enlarge
+from unigrpo_env.shapes_world import PROMPT_KINDS
+
+Results = dict[str, list[dict[str, Any]]]
+MEANINGS = {
+    "accuracy": "share of held-out prompts whose picture meets every requirement, words sampled at temperature 1",
+    "greedy": "the same with greedy words",
+    "graded": "share of the requirements met, averaged over prompts: the analogue of the paper's TA",
+    "thought": "share of thoughts whose layout would meet every requirement, whatever was drawn",
+    "crispness": "1 less the mean distance of a cell to the nearest clean one, in units of the verifier's tolerance; no reward looks at it",
+    "foreign": "accuracy on kinds of prompt that training has none of: three objects, two counts, sums of three numbers",
+}
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean, and the half range over seeds.
+
+    >>> spread([0.25, 0.75]), spread([0.5]), spread([None])
+    ('0.500 ± 0.250', '0.500', '')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = sum(known) / len(known)
+    return f"{mean:.3f}" + (f" ± {(max(known) - min(known)) / 2:.3f}" if len(known) > 1 else "")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def write_page(folder: Path, found: Results, plan: Plan) -> Path:
+    """Write `tables.md` and its pictures into `folder`; rows without a result are left out.
+
+    Args:
+        folder: where the page goes.
+        found: `agents.tables.results`.
+        plan: what was run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in ROWS if row.key in found]
+
+    def of(study: str) -> list[Row]:
+        return [row for row in rows if row.study == study]
+
+    first = sorted(of("table"), key=lambda row: (row.thinks, _accuracy(found, row)))
+    base = [row for row in rows if row.key == "unigrpo"]
+    parts = [
+        "# The paper's tables on a laptop",
+        f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of as many episodes (or lessons), {plan.prompts} held-out prompts. "
+        f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
+        "The learning rates, batch and clip ranges are those of the config; no row was swept. One picture an episode, ten denoising steps. "
+        "± is half the range over seeds; the standard error of one accuracy is about 0.03.",
+        "## Methods",
+        "Beside the paper's figures (TA and GenEval, on BAGEL at 1024 x 1024): what carries over is the order, not the numbers.",
+        table(
+            ["method", "seeds", *MEANINGS, "paper: TA", "paper: GenEval"],
+            [
+                [
+                    row.title,
+                    str(len(found[row.key])),
+                    *(spread([run["measures"][name] for run in found[row.key]]) for name in MEANINGS),
+                    *_paper(row),
+                ]
+                for row in first
+            ],
+        ),
+        "\n".join(f"* *{name}*: {meaning}." for name, meaning in MEANINGS.items()),
+        *_order(found),
+        "![Held-out accuracy over iterations](tables_curves.png)",
+        "![The same prompts and seeds by method](tables_strips.png)",
+        "## By kind of prompt",
+        table(
+            ["method", *PROMPT_KINDS],
+            [
+                [row.title, *(spread([run["measures"]["by_kind"].get(kind) for run in found[row.key]]) for kind in PROMPT_KINDS)]
+                for row in first
+            ],
+        ),
+    ]
+    guided = base + of("guidance")
+    if of("guidance"):
+        parts += [
+            "## Guidance in training, and at evaluation",
+            table(
+                ["trained", "evaluated without", "evaluated at scale 2"],
+                [
+                    [
+                        row.title if row.study == "guidance" else "without guidance (UniGRPO)",
+                        *(spread([run["measures"][name] for run in found[row.key]]) for name in ("accuracy", "guided")),
+                    ]
+                    for row in guided
+                ],
+            ),
+        ]
+    if of("penalty"):
+        _draw_hacking(found, of("penalty"), folder / "tables_hacking.png")
+        parts += [
+            "## What a penalty is for: training on a proxy",
+            "The reward is `soft_shapes`, a verifier that can be fooled; the measure is the strict one. Image learning rate 3e-4, not falling.",
+            table(
+                ["penalty", "proxy, first → last ten iterations", "strict accuracy: best", "last", "crispness"],
+                [
+                    [
+                        row.title,
+                        " → ".join(f"{value:.3f}" for value in _ends(run)),
+                        f"{max(value for _, value in run['curve']):.3f}",
+                        f"{run['curve'][-1][1]:.3f}",
+                        f"{run['measures']['crispness']:.3f}",
+                    ]
+                    for row in of("penalty")
+                    for run in found[row.key]
+                ],
+            ),
+            "![Proxy and strict accuracy over iterations](tables_hacking.png)",
+        ]
+    for study, title in (("kernels", "Stochastic steps, windows, ratio"), ("text", "Words and batches")):
+        if of(study):
+            parts += [
+                f"## {title}",
+                table(
+                    ["change to UniGRPO", "seeds", "accuracy", "greedy", "crispness"],
+                    [
+                        [
+                            "none" if row.key == "unigrpo" else row.title,
+                            str(len(found[row.key])),
+                            *(spread([run["measures"][name] for run in found[row.key]]) for name in ("accuracy", "greedy", "crispness")),
+                        ]
+                        for row in base + of(study)
+                    ],
+                ),
+            ]
+    _draw_curves(found, [row for row in first if any(len(run["curve"]) > 1 for run in found[row.key])], folder / "tables_curves.png")
+    _draw_strips(found, first + of("penalty"), folder / "tables_strips.png")
+    path = folder / "tables.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def _accuracy(found: Results, row: Row) -> float:
+    runs = found[row.key]
+    return sum(run["measures"]["accuracy"] for run in runs) / len(runs)
+
+
+def _paper(row: Row) -> tuple[str, str]:
+    if isinstance(row.paper, str):
+        return row.paper, row.paper
+    return (f"{row.paper[0]:.4f}", f"{row.paper[1]:.2f}") if row.paper else ("", "")
+
+
+def _order(found: Results) -> list[str]:
+    """Do the ranges over seeds lie one above the other?"""
+    keys = [key for key in ("unigrpo", "text_grpo", "flow_grpo", "sft") if len(found.get(key, [])) > 1]
+    ranges = [[run["measures"]["accuracy"] for run in found[key]] for key in keys]
+    lines = [
+        f"* {upper} [{min(a):.3f}, {max(a):.3f}] {'lies wholly above' if min(a) > max(b) else 'does not lie wholly above'} {lower} [{min(b):.3f}, {max(b):.3f}]."
+        for upper, lower, a, b in zip(keys, keys[1:], ranges, ranges[1:], strict=False)
+    ]
+    return ["Ranges of accuracy over seeds:", "\n".join(lines)] if lines else []
+
+
+def _ends(run: dict[str, Any]) -> tuple[float, float]:
+    reward = [row["reward"] for row in read_metrics(Path(run["folder"]))]
+    ten = min(10, len(reward))
+    return sum(reward[:ten]) / max(ten, 1), sum(reward[-ten:]) / max(ten, 1)
+
+
+def _figure(panels: int, path: Path, fill: Callable[[Any], None], height: float = 3.6) -> None:
+    figure, axes = pyplot.subplots(1, panels, figsize=(5 * panels, height), layout="constrained", squeeze=False)
+    fill(axes[0])
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("iteration")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _draw_curves(found: Results, rows: Sequence[Row], path: Path) -> None:
+    """Held-out accuracy by method, mean over seeds with their range."""
+
+    def fill(axes: Any) -> None:
+        for axis, thinks in zip(axes, (True, False), strict=True):
+            for row in (row for row in rows if row.thinks == thinks):
+                curves = [dict(map(tuple, run["curve"])) for run in found[row.key]]
+                x = sorted(set.intersection(*(set(curve) for curve in curves)))
+                y = [[curve[at] for curve in curves] for at in x]
+                line = axis.plot(
+                    x, [sum(v) / len(v) for v in y], marker="o", markersize=3, label=row.title.replace("*", "").replace(", thinking", "")
+                )
+                axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line[0].get_color(), alpha=0.15, linewidth=0)
+            axis.set(title="thinking" if thinks else "without thinking", ylim=(0, 1), ylabel="held-out accuracy")
+            if axis.lines:
+                axis.legend(fontsize=7, frameon=False)
+
+    _figure(2, path, fill)
+
+
+def _draw_hacking(found: Results, rows: Sequence[Row], path: Path) -> None:
+    """The reward that is trained on, and the one that is meant."""
+
+    def fill(axes: Any) -> None:
+        for row in rows:
+            run = found[row.key][0]
+            reward = [step["reward"] for step in read_metrics(Path(run["folder"]))]
+            smooth = [sum(reward[max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(reward))]
+            axes[0].plot(range(1, len(smooth) + 1), smooth, label=row.title)
+            axes[1].plot(*zip(*run["curve"], strict=True), marker="o", markersize=3, label=row.title)
+        axes[0].set(title="proxy reward (trained on, running mean)")
+        axes[1].set(title="strict accuracy (held out)", ylim=(0, 1))
+        axes[1].legend(fontsize=8, frameon=False)
+
+    _figure(2, path, fill)
+
+
+def _draw_strips(found: Results, rows: Sequence[Row], path: Path, side: int = 96) -> None:
+    """What each method drew for the same prompts and seeds; green frames: every requirement met."""
+    left, gap, head = 190, 12, 40
+    prompts = found[rows[0].key][0]["prompts"] if rows else []
+    sheet = Image.new("RGB", (left + len(prompts) * (side + gap), head + len(rows) * (side + gap)), PAPER)
+    pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for column, prompt in enumerate(prompts):
+        words = prompt.split()
+        half = -(-len(words) // 2)
+        for line, text in enumerate((" ".join(words[:half]), " ".join(words[half:]))):
+            pen.text((left + column * (side + gap), 6 + 13 * line), text, fill=FAINT, font=small)
+    for number, row in enumerate(rows):
+        top, run = head + number * (side + gap), found[row.key][0]
+        title = row.title.replace("*", "") if row.study == "table" else f"on the proxy: {row.title}"
+        pen.text((8, top + side // 2 - 6), title, fill=INK, font=ImageFont.load_default(12))
+        shown = read_tensors(Path(run["folder"]) / STRIP)
+        for column, (image, reward) in enumerate(zip(shown["images"], shown["reward"].tolist(), strict=True)):
+            x = left + column * (side + gap)
+            pen.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), fill=RIGHT if reward >= 1 else WRONG)
+            sheet.paste(enlarge(image, side), (x, top))
+    sheet.save(path, optimize=True)
