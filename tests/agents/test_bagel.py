@@ -1,10 +1,7 @@
 """The model against numbers computed by the public reference implementation (float32, random weights, original names)."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from agents.models import Bagel, BagelConfig, ToyModel, load_model
 from unigrpo_env.flow_time import time_grid
@@ -12,35 +9,12 @@ from unigrpo_env.flow_time import time_grid
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 
-@pytest.fixture(scope="module")
-def oracle():
-    return load_file(Path(__file__).parents[1] / "data" / "bagel_oracle.safetensors")
-
-
-@pytest.fixture(scope="module")
-def model(oracle):
-    config = BagelConfig(
-        vocab_size=160, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_latent_size=12, latent_height=8, latent_width=8, image_start_id=154, image_end_id=155,
-    )  # fmt: skip
-    model = Bagel(config)
-    model.load_state_dict({name: value for name, value in oracle.items() if not name.startswith(("in.", "out."))})
-    return model
-
-
-def read(model, oracle, *segments):
-    context, logits = model.start(1), None
-    for segment in segments:
-        logits, context = model.read_text(context, oracle[f"in.{segment}.ids"][None])
-    return logits, context
-
-
 @pytest.mark.parametrize("grad", [False, True], ids=["cache", "training"])
-def test_logits_and_context(model, oracle, grad):
+def test_logits_and_context(model, oracle, read, grad):
     with torch.set_grad_enabled(grad):
-        logits, _ = read(model, oracle, "prompt")
+        logits, _ = read("prompt")
         torch.testing.assert_close(logits[0], oracle["out.prompt.logits"], **TOLERANCE)
-        logits, context = read(model, oracle, "prompt", "thought")
+        logits, context = read("prompt", "thought")
     torch.testing.assert_close(logits[0], oracle["out.thought.logits"], **TOLERANCE)
     for layer in range(3):
         for name, stored in (("k", context.keys), ("v", context.values)):
@@ -49,16 +23,16 @@ def test_logits_and_context(model, oracle, grad):
 
 
 @torch.no_grad()
-def test_one_call_or_two(model, oracle):
+def test_one_call_or_two(model, oracle, read):
     ids = torch.cat([oracle["in.prompt.ids"], oracle["in.thought.ids"]])[None]
     logits, _ = model.read_text(model.start(1), ids)
     torch.testing.assert_close(logits[0, 12:], oracle["out.thought.logits"], **TOLERANCE)
 
 
 @torch.no_grad()
-def test_greedy_tokens(model, oracle):
+def test_greedy_tokens(model, oracle, read):
     expected = oracle["out.greedy.ids"]
-    _, context = read(model, oracle, "prompt")
+    _, context = read("prompt")
     found = [expected[0]]
     while len(found) < len(expected):
         logits, context = model.read_text(context, found[-1].view(1, 1))
@@ -67,9 +41,9 @@ def test_greedy_tokens(model, oracle):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["cache", "training"])
-def test_velocities(model, oracle, grad):
+def test_velocities(model, oracle, read, grad):
     with torch.set_grad_enabled(grad):
-        _, context = read(model, oracle, "prompt", "thought")
+        _, context = read("prompt", "thought")
         velocity = model.velocity(context.repeat(5), oracle["in.gen.x_t"], oracle["in.gen.t"])
         again = model.velocity(context.repeat(5), oracle["in.gen.x_t"], oracle["in.gen.t"])
     torch.testing.assert_close(velocity, oracle["out.gen.v"], **TOLERANCE)
@@ -77,8 +51,8 @@ def test_velocities(model, oracle, grad):
 
 
 @torch.no_grad()
-def test_six_step_sampling(model, oracle):
-    _, context = read(model, oracle, "prompt", "thought")
+def test_six_step_sampling(model, oracle, read):
+    _, context = read("prompt", "thought")
     times, x = time_grid(6, shift=3.0), oracle["in.gen.noise"][None]
     torch.testing.assert_close(times[:-1], oracle["out.gen.sample_t"], **TOLERANCE)
     for step in range(6):

@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from agents.objectives import (
     clip_fraction,
     clipped_surrogate,
+    flow_matching_loss,
     group_advantage,
     groups_with_signal,
     image_loss,
+    latent_kl,
     plain_log_ratio,
     ratio_norm,
+    refl_loss,
+    text_kl,
     text_loss,
     velocity_mse,
 )
@@ -52,6 +56,12 @@ def test_clipped_surrogate_by_hand():
     advantage = torch.tensor([2.0, -2.0, 2.0, -2.0, 3.0])
     expected = torch.tensor([1.2 * 2, 1.5 * -2, 0.5 * 2, 0.8 * -2, 1.1 * 3]) - advantage
     torch.testing.assert_close(clipped_surrogate(ratio.log(), advantage, 0.2), expected)
+
+
+def test_the_upper_clip_can_be_another():
+    log_ratio, advantage = torch.tensor([1.25, 1.5, 0.5]).log(), torch.tensor([1.0, 1.0, -1.0])
+    torch.testing.assert_close(clipped_surrogate(log_ratio, advantage, 0.2, 0.28), torch.tensor([0.25, 0.28, 0.2]))
+    assert clip_fraction(log_ratio, advantage, torch.ones(3, dtype=torch.bool), 0.2, 0.28).item() == pytest.approx(2 / 3)
 
 
 def test_clip_fraction_counts_what_has_no_gradient():
@@ -121,7 +131,44 @@ def test_velocity_mse_by_hand():
     assert velocity_mse(velocity, torch.zeros_like(velocity)).tolist() == [(1 + 4 + 9 + 16) / 4]
 
 
-@pytest.mark.parametrize("objective", ["text", "image", "plain", "mse"])
+def test_text_kl_by_hand():
+    ours, reference = torch.tensor([[0.5, 0.2, 0.9]]).log(), torch.tensor([[0.25, 0.4, 0.1]]).log()
+    mask = torch.tensor([[True, True, False]])
+    expected = ((0.5 - math.log(0.5) - 1) + (2 - math.log(2) - 1)) / 2
+    assert text_kl(ours, reference, mask).item() == pytest.approx(expected, rel=1e-5)
+    assert text_kl(ours, ours, mask).item() == 0
+
+
+def test_text_kl_is_unbiased():
+    """Summed over the vocabulary under the policy, the estimate is the KL itself."""
+    policy, reference = (torch.randn(1, 50, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    mask = torch.ones(50, 1, dtype=torch.bool)
+    estimate = (policy.exp()[0] * text_kl(policy.T, reference.T, mask)).sum()
+    torch.testing.assert_close(estimate, (policy.exp() * (policy - reference)).sum())
+
+
+def test_latent_kl_by_hand_and_against_torch():
+    mean, other, _, _, std = latents()
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std[..., None, None]), torch.distributions.Normal(other, std[..., None, None])
+    )
+    torch.testing.assert_close(latent_kl(mean, other, std), expected.mean((1, 2, 3)))
+    one = torch.ones(1, 1, 1, 1)
+    assert latent_kl(3 * one, one, torch.tensor([[0.5]])).item() == pytest.approx(4 / (2 * 0.25))
+
+
+def test_flow_matching_loss_by_hand():
+    latent, noise, t = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[[3.0, -1.0]]]]), torch.tensor([[0.25]])
+    noisy = 0.75 * latent[:, None] + 0.25 * noise
+    assert flow_matching_loss(noise - latent[:, None], noisy, latent, t).item() == pytest.approx(0, abs=1e-6)
+    assert flow_matching_loss(torch.zeros_like(noisy), noisy, latent, t).item() == pytest.approx((2**2 + 3**2) / 2)
+
+
+def test_refl_loss_by_hand():
+    assert refl_loss(torch.tensor([0.5, math.nan, 1.0])).tolist() == [-0.5, 0, -1]
+
+
+@pytest.mark.parametrize("objective", ["text", "image", "plain", "mse", "latent_kl", "flow_matching", "text_kl"])
 def test_gradients_against_finite_differences(objective):
     mean, old, sample, _, std = latents()
     advantage = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
@@ -132,6 +179,9 @@ def test_gradients_against_finite_differences(objective):
         "image": lambda m: image_loss(ratio_norm(sample, m, old, std), advantage, 0.9),
         "plain": lambda m: image_loss(plain_log_ratio(sample, m, old, std), advantage, 0.9),
         "mse": lambda m: velocity_mse(m, old),
+        "latent_kl": lambda m: latent_kl(m, old, std),
+        "flow_matching": lambda m: flow_matching_loss(m, sample, mean[:, 0], std),
+        "text_kl": lambda lp: text_kl(lp, log_prob - 0.3, mask),
     }
-    start = (log_prob if objective == "text" else old + 0.01 * mean).clone().requires_grad_()
+    start = (log_prob if objective.startswith("text") else old + 0.01 * mean).clone().requires_grad_()
     assert torch.autograd.gradcheck(functions[objective], (start,))

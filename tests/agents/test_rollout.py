@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from agents.actor import Actor
 from agents.collector import Collector, play
+from agents.config import AlgorithmSettings
 from agents.evaluation import evaluate
 from agents.flow import Window
 from agents.loss import UniGRPOLoss, replay
@@ -38,13 +39,15 @@ def collect(model, *, seed=0, group_size=3, window=WINDOW, temperature=1.0, **kw
 
 
 def make_loss(model, reference=None, **kwargs):
-    return UniGRPOLoss(model, reference, make_variant("text_to_image").rules.legal_tokens(), **kwargs)
+    return UniGRPOLoss(
+        model, reference, make_variant("text_to_image").rules.legal_tokens(), AlgorithmSettings(**{"velocity_weight": 0.0} | kwargs)
+    )
 
 
 def with_advantage(episodes):
     flat = episodes.flatten(0, 1)
     flat["advantage"] = group_advantage(flat["reward"], flat["group"])
-    flat["weight"] = torch.full((len(flat),), 1 / len(flat))
+    flat["weight"] = flat["text_share"] = torch.full((len(flat),), 1 / len(flat))
     return flat
 
 
