@@ -27,6 +27,7 @@ from agents.logs import read_metrics
 from agents.models import load_model
 from agents.models.files import write_json, write_tensors
 from agents.run import CURVE, run
+from agents.supervised import SupervisedSettings, train_supervised
 from agents.trainer import Trainer, build_guidance, build_variant
 from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
 
@@ -47,6 +48,7 @@ class Row:
         overrides: settings beside the config.
         seeds: how many runs.
         start: (row, iteration): begin with that row's weights of the same seed.
+        lessons: supervised updates by the recipe of the shipped weights, without thoughts, in place of a config.
         study: which part of the page it belongs to: table, guidance, penalty, kernels or text.
     """
 
@@ -57,6 +59,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     seeds: int = 1
     start: tuple[str, int] | None = None
+    lessons: int = 0
     study: str = "table"
 
     @property
@@ -70,7 +73,6 @@ ROWS: tuple[Row, ...] = (
     Row("flow_grpo", "FlowGRPO, thinking", "flow_grpo", (0.8208, 0.86), seeds=3),
     Row("unigrpo", "**UniGRPO**, thinking", "unigrpo", (0.8381, 0.90), seeds=3),
     Row("shipped", "shipped model, thinking", "", (0.7132, 0.79)),
-    Row("shipped_no_thinking", "shipped model", "", (0.6810, 0.78)),
     Row("refl", "ReFL, thinking", "refl", (0.8120, 0.84)),
     Row("fpo", "FPO / AWR, thinking", "fpo", (0.8159, 0.85)),
     Row("unifpo", "UniFPO, thinking", "unifpo", "collapsed"),
@@ -79,10 +81,11 @@ ROWS: tuple[Row, ...] = (
     Row("proxy_latent_kl", "latent KL", "unigrpo_latent_kl", None, PROXY, study="penalty"),
     Row("proxy_velocity", "velocity MSE", "unigrpo", None, PROXY, study="penalty"),
     Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
-    Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83)),
-    Row("flow_grpo_no_thinking", "FlowGRPO", "flow_grpo_no_thinking", (0.8112, 0.88)),
-    Row("fpo_no_thinking", "FPO / AWR", "fpo_no_thinking", (0.7893, 0.87)),
-    Row("refl_no_thinking", "ReFL", "refl_no_thinking", (0.7786, 0.85)),
+    Row("base_no_thinking", "shipped model, taught to draw without a thought", "", (0.6810, 0.78), lessons=1500),
+    Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83), start=("base_no_thinking", 0)),
+    Row("flow_grpo_no_thinking", "FlowGRPO", "flow_grpo_no_thinking", (0.8112, 0.88), start=("base_no_thinking", 0)),
+    Row("fpo_no_thinking", "FPO / AWR", "fpo_no_thinking", (0.7893, 0.87), start=("base_no_thinking", 0)),
+    Row("refl_no_thinking", "ReFL", "refl_no_thinking", (0.7786, 0.85), start=("base_no_thinking", 0)),
     Row("flow_cps", "Flow-CPS", "flow_cps", None, study="kernels"),
     Row("dance_grpo", "DanceGRPO's constant sigma", "dance_grpo", None, study="kernels"),
     Row("mix_grpo", "MixGRPO's sliding window", "mix_grpo", None, study="kernels"),
@@ -114,7 +117,7 @@ class Plan:
     max_seeds: int = 3
 
 
-QUICK = Plan(2, 16, ("trainer.groups=2", "trainer.group_size=4", "evaluation.every=1", "trainer.minibatches=1"), max_seeds=1)
+QUICK = Plan(2, 8, ("trainer.groups=2", "trainer.group_size=4", "evaluation.every=1", "trainer.minibatches=1"), max_seeds=1)
 """A breath of every row: it shows that they run, not what they are worth."""
 
 
@@ -188,18 +191,23 @@ def play(job: Job) -> None:
     """Train (or go on with) one run and measure its last weights; in a process of its own."""
     torch.set_num_threads(1)
     config, place = job.config, job.place
-    model = load_model(config.model.name)
+    model: Any = load_model(config.model.name)
+    place.mkdir(parents=True, exist_ok=True)
+    if job.row.lessons:
+        steps = max(2, job.row.lessons * job.plan.iterations // 120)
+        recipe = SupervisedSettings(steps=steps, silent=1.0, drills=0.0, seed=job.seed)
+        train_supervised(model, build_variant(config.env), recipe, first_lesson=SupervisedSettings.steps)
+        model.save_pretrained(place / "model")
     if job.row.config:
         if not (place / "checkpoints").is_dir() or json.loads((place / "config.json").read_text()) != json.loads(
             json.dumps(config.to_dict())
         ):
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(place)
             trainer = Trainer(config, model)
         else:
             trainer = Trainer.resume(place)
         run(trainer, Console(quiet=True))
         model = load_model(str(latest_checkpoint(place) / "model"))
-    place.mkdir(parents=True, exist_ok=True)
     found, strip = measure(model, config, job.plan.prompts)
     write_tensors({"images": strip.images[:8], "reward": strip.reward[:8]}, place / STRIP)
     curve = json.loads((place / CURVE).read_text()) if (place / CURVE).is_file() else []

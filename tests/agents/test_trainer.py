@@ -309,3 +309,123 @@ def test_the_reference_is_the_model_that_training_began_from(tmp_path):
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.reference.state_dict().items())
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+SMALL = [
+    "trainer.groups=4",
+    "trainer.group_size=4",
+    "trainer.minibatches=1",
+    "env.text_budget=4",
+    "env.image_steps=6",
+    "env.reward=some_nan",
+]
+
+
+def gradients(model, folder, *overrides):
+    trainer = Trainer(load_config("unigrpo", [*SMALL, f"output.folder={folder}", *overrides]), model)
+    metrics = trainer.iterate()
+    return metrics, torch.cat([p.grad.flatten() for group in trainer.experts.values() for p in group if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "choice",
+    ["algorithm.text_aggregation=token", "algorithm.text_kl_weight=0.1", "algorithm.image_objective=fpo", "trainer.dynamic_sampling=drop"],
+)
+def test_micro_batches_do_not_change_other_objectives(small_bagel, tmp_path, choice):
+    small_bagel.save_pretrained(tmp_path / "start")
+    extra = ["algorithm.kernel=ode"] if "fpo" in choice else []
+    found = [
+        gradients(type(small_bagel).from_pretrained(tmp_path / "start"), tmp_path, choice, f"trainer.micro_batches={parts}", *extra)[1]
+        for parts in (1, 4)
+    ]
+    if "fpo" in choice:  # its noise is drawn by part
+        assert torch.isfinite(found[1]).all()
+    else:
+        torch.testing.assert_close(found[0], found[1], atol=2e-6, rtol=1e-3)
+
+
+def test_tokens_alike_is_not_episodes_alike(small_bagel, tmp_path):
+    small_bagel.save_pretrained(tmp_path / "start")
+    found = [
+        gradients(type(small_bagel).from_pretrained(tmp_path / "start"), tmp_path, f"algorithm.text_aggregation={how}")[1]
+        for how in ("sequence", "token")
+    ]
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+
+
+def test_groups_without_signal_are_dropped_or_replaced(tmp_path):
+    """A reward that only the prompts `dark` can win."""
+    if "only_dark" not in REWARDS:
+        REWARDS.add(
+            "only_dark",
+            lambda e: [float(text.split()[-1:] == ["dark"]) if p == "dark" else 0.0 for p, text in zip(e.prompts, e.texts, strict=True)],
+        )
+    found = {}
+    for how in ("keep", "drop", "replace"):
+        trainer = toy_trainer(tmp_path / how, "env.reward=only_dark", f"trainer.dynamic_sampling={how}", "trainer.max_collects=6")
+        episodes, metrics = trainer._gather(0)
+        found[how] = episodes, metrics, trainer.prompts
+    reward = found["keep"][0]["reward"]
+    differ = reward.amax(1) > reward.amin(1)
+    assert 0 < found["keep"][1]["signal"] == differ.float().mean() <= 0.5
+    assert found["keep"][0]["counts"].all()
+    assert torch.equal(found["drop"][0]["counts"], differ[:, None].expand(8, 8))
+    episodes, _, prompts = found["replace"]
+    assert {p.text for p in prompts} == {"dark"}
+    assert (episodes["reward"].amax(1) > episodes["reward"].amin(1)).all()
+    assert torch.equal(episodes["group"], torch.arange(8)[:, None].expand(8, 8))
+    words = trainer.variant.tokenizer.convert_ids_to_tokens(episodes["prompt_tokens"][:, 0, 1].tolist())
+    assert words == [p.text for p in prompts]
+
+
+def test_several_passes_keep_the_old_log_probs(tmp_path):
+    """A second pass over the same episodes has ratios off 1, and its clip fraction shows it."""
+    once, twice = (
+        toy_trainer(tmp_path / str(epochs), f"trainer.epochs={epochs}", "algorithm.text_clip=0.001", "optimizer.warmup=1").iterate()
+        for epochs in (1, 2)
+    )
+    assert once["text_clip_fraction"] == 0 < twice["text_clip_fraction"]
+    assert twice["text_log_ratio"] < 1e-4, "shown before the first update"
+
+
+def test_refl_without_a_gradient_says_so(small_bagel, tmp_path):
+    with pytest.raises(ValueError, match="expected a differentiable reward for refl, got 'shapes_score'"):
+        gradients(
+            small_bagel,
+            tmp_path,
+            "algorithm.image_objective=refl",
+            "algorithm.kernel=ode",
+            "algorithm.window_size=1",
+            "algorithm.refl_reward=shapes_score",
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.kernel=ode", "stochastic algorithm.kernel"),
+        ("algorithm.kernel=sde", "'flow_sde', 'flow_cps', 'dance', 'ode'"),
+        ("algorithm.image_objective=ppo", "'flow_grpo', 'fpo', 'refl'"),
+        ("guidance.renorm=all", "'none', 'global'"),
+        ("trainer.dynamic_sampling=refill", "'keep', 'drop', 'replace'"),
+    ],
+)
+def test_choices_that_are_not_there(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("unigrpo", [override])
+
+
+def test_guidance_in_training_has_ratio_one_before_the_first_update(small_bagel, tmp_path):
+    metrics, _ = gradients(small_bagel, tmp_path, "guidance.train=3.0")
+    assert metrics["image_log_ratio"] < 1e-6
+    assert metrics["image_grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kernel", ["flow_cps", "dance"])
+def test_every_kernel_has_ratio_one_before_the_first_update(small_bagel, tmp_path, kernel):
+    metrics, _ = gradients(
+        small_bagel, tmp_path, f"algorithm.kernel={kernel}", "algorithm.noise_level=0.6", "algorithm.latent_kl_weight=0.1"
+    )
+    assert metrics["image_log_ratio"] < 1e-6
+    assert metrics["image_clip_fraction"] == 0
+    assert metrics["loss_kl"] == pytest.approx(0, abs=1e-9), "the policy is still the reference"

@@ -1,0 +1,71 @@
+"""The tables: a breath of some rows, kept, resumed, and written up."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from agents.cli import main
+from agents.config import config_names
+from agents.tables import QUICK, ROWS, Job, jobs, play, results, run_tables
+from agents.tables_page import write_page
+
+
+def test_rows_are_configs():
+    assert {row.config for row in ROWS} <= {"", *config_names()}
+    assert len({row.key for row in ROWS}) == len(ROWS)
+    main_rows = [row for row in ROWS if row.seeds == 3]
+    assert [row.key for row in main_rows] == ["sft", "text_grpo", "flow_grpo", "unigrpo"] == [row.key for row in ROWS[:4]]
+    trained = [job for job in jobs("x", QUICK) if job.row.config and job.row.start is None]
+    budgets = {(job.config.trainer.iterations, job.config.trainer.groups, job.config.trainer.group_size) for job in trained}
+    assert len(budgets) == 1, "equal iterations and episodes"
+
+
+def test_a_row_that_is_not_there(tmp_path, capsys):
+    assert main(["tables", "--rows", "unigrpo", "nonsense", "--out", str(tmp_path)]) == 2
+    assert "unknown rows ['nonsense']" in capsys.readouterr().err
+
+
+def test_runs_are_kept_and_the_page_shows_them(tmp_path):
+    rows, console = ["sft", "proxy_none", "refl_text_grpo"], Console(quiet=True)
+    run_tables(tmp_path / "runs", QUICK, console, rows, workers=2)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/measures.json")}
+    assert sorted(path.parent.name for path in files) == ["proxy_none-0", "refl-0", "refl_text_grpo-0", "sft-0"], (
+        "what a row starts from is run too"
+    )
+    run_tables(tmp_path / "runs", QUICK, console, rows, workers=1)
+    assert files == {path: path.stat().st_mtime_ns for path in files}, "nothing is run twice"
+    page = write_page(tmp_path, results(jobs(tmp_path / "runs", QUICK)), QUICK).read_text()
+    assert "| SFT, thinking | 1 |" in page
+    assert "0.7769" in page, "the paper's figure stands beside it"
+    assert "no penalty" in page
+    for name in ("curves", "strips", "hacking"):
+        assert (tmp_path / f"tables_{name}.png").stat().st_size > 1000
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
+    whole, stopped = (Job(next(row for row in ROWS if row.key == "sft"), 0, str(tmp_path / name), QUICK) for name in ("whole", "stopped"))
+    play(whole)
+    play(stopped)
+    (stopped.place / "measures.json").unlink()
+    (stopped.place / "checkpoints" / "000002").rename(tmp_path / "gone")
+    assert not stopped.done
+    play(stopped)
+    first, second = (json.loads((job.place / "measures.json").read_text())["measures"] for job in (whole, stopped))
+    assert first == second
+
+
+def test_another_recipe_is_another_run(tmp_path):
+    job = Job(next(row for row in ROWS if not row.config and not row.lessons), 0, str(tmp_path), QUICK)
+    play(job)
+    assert job.done
+    recipe = json.loads((job.place / "measures.json").read_text())
+    recipe["recipe"]["config"]["trainer"]["seed"] = 5
+    (job.place / "measures.json").write_text(json.dumps(recipe))
+    assert not job.done
+
+
+def test_no_runs_no_page(tmp_path, capsys):
+    assert main(["tables", "--page-only", "--out", str(tmp_path)]) == 2
+    assert pytest.approx(0) == len(list(tmp_path.glob("*.md")))
+    assert "found none" in capsys.readouterr().err
