@@ -86,6 +86,7 @@ def _parser() -> Parser:
     tables = command("tables", "The paper's comparisons on the shipped model: every row, both ablations, one page.")
     tables.add_argument("--out", default="outputs/tables", help="folder of runs and page; what is done there is kept [outputs/tables]")
     tables.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
+    tables.add_argument("--extras", action="store_true", help="also the studies of kernels, windows and text, which the paper has not")
     tables.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows alone")
     tables.add_argument("--workers", type=int, help="runs at a time, one thread each; as many as cores if left out")
     tables.add_argument("--page-only", action="store_true", help="write the page of what is there already")
@@ -217,7 +218,7 @@ def _tables(args: argparse.Namespace, console: Console) -> None:
 
     folder, plan = Path(args.out), QUICK if args.quick else Plan()
     if not args.page_only:
-        run_tables(folder / "runs", plan, console, args.rows, args.workers)
+        run_tables(folder / "runs", plan, console, args.rows, args.workers, args.extras or args.quick)
     found = results(jobs(folder / "runs", plan))
     if not found:
         raise ValueError(f"expected finished runs in {folder / 'runs'}, found none; run without --page-only first")

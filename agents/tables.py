@@ -174,8 +174,12 @@ class Job:
         return path.is_file() and json.loads(path.read_text())["recipe"] == json.loads(json.dumps(self.recipe))
 
 
-def jobs(folder: Path, plan: Plan, only: Sequence[str] = ()) -> list[Job]:
-    """Every run, in order.
+EXTRAS = ("kernels", "text")
+"""Studies beside the paper's own, run where they are asked for."""
+
+
+def jobs(folder: Path, plan: Plan, only: Sequence[str] = (), extras: bool = True) -> list[Job]:
+    """Every run, in order; of the rows `only`, if any are named.
 
     Raises:
         ValueError: a row that is not there.
@@ -183,7 +187,7 @@ def jobs(folder: Path, plan: Plan, only: Sequence[str] = ()) -> list[Job]:
     unknown = set(only) - {row.key for row in ROWS}
     if unknown:
         raise ValueError(f"unknown rows {sorted(unknown)}; expected some of: {', '.join(row.key for row in ROWS)}")
-    rows = [row for row in ROWS if not only or row.key in only]
+    rows = [row for row in ROWS if (row.key in only if only else extras or row.study not in EXTRAS)]
     return [Job(row, seed, str(folder), plan) for row in rows for seed in range(min(row.seeds, plan.max_seeds))]
 
 
@@ -239,13 +243,15 @@ def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], E
     }, sampled
 
 
-def run_tables(folder: Path, plan: Plan, console: Console, only: Sequence[str] = (), workers: int | None = None) -> list[Job]:
+def run_tables(
+    folder: Path, plan: Plan, console: Console, only: Sequence[str] = (), workers: int | None = None, extras: bool = True
+) -> list[Job]:
     """Run what is not done yet; returns all jobs.
 
     Raises:
         Exception: whatever a run raised; the others are kept.
     """
-    every = jobs(folder, plan, only)
+    every = jobs(folder, plan, only, extras)
     waiting = [job for job in every if not job.done]
     # A row that starts from another one needs it first.
     for job in list(waiting):
