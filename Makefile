@@ -2,11 +2,12 @@
 # make test    all tests
 # make check   what CI runs: format, lint, types, tests, doctests
 # make bench   speed, one JSON line a figure
+# make tables  every method of the paper on the shipped model; hours, resumable. make tables-quick: a breath of it
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench tables tables-quick clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
@@ -30,9 +31,17 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(MAKE) tables-quick
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/bench.py
+
+tables: $(VENV)/.installed
+	$(BIN)/unigrpo tables
+
+tables-quick: $(VENV)/.installed
+	rm -rf outputs/tables-quick
+	$(BIN)/unigrpo tables --quick --out outputs/tables-quick
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info

@@ -71,7 +71,8 @@ def supervised_losses(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def segments(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
-        return pad([[] if text is None else [bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in texts])
+        ids, mask = pad([[] if text is None else [bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in texts])
+        return ids.to(latents.device), mask.to(latents.device)
 
     asked, asked_mask = segments(None if prompt is None else prompt.text for prompt in prompts)
     said, said_mask = segments(thoughts)

@@ -31,7 +31,7 @@ from agents.supervised import SupervisedSettings, train_supervised
 from agents.trainer import Trainer, build_guidance, build_variant
 from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
 
-MEASURES, STRIP = "measures.json", "strip.safetensors"
+MEASURES, STRIP, DIVERGED = "measures.json", "strip.safetensors", "diverged.json"
 PROXY = ("env.reward=soft_shapes", "evaluation.reward=shapes", "optimizer.image_lr=3e-4", "optimizer.decay=1.0", "evaluation.every=10")
 """The reward-hacking study: train on the proxy at a learning rate that does not fall, measure with the verifier."""
 
@@ -210,13 +210,18 @@ def play(job: Job) -> None:
             trainer = Trainer(config, model)
         else:
             trainer = Trainer.resume(place)
-        run(trainer, Console(quiet=True))
+        try:
+            run(trainer, Console(quiet=True))
+        except FloatingPointError as error:  # a method that diverges is a result; its last weights are measured
+            write_json({"iteration": trainer.iteration, "error": str(error)}, place / DIVERGED)
+            trainer.save()
         model = load_model(str(latest_checkpoint(place) / "model"))
     found, strip = measure(model, config, job.plan.prompts)
     write_tensors({"images": strip.images[:8], "reward": strip.reward[:8]}, place / STRIP)
     curve = json.loads((place / CURVE).read_text()) if (place / CURVE).is_file() else []
     texts = {"prompts": [prompt.text for prompt in strip.prompts[:8]], "texts": strip.texts[:8]}
-    write_json({"recipe": job.recipe, "measures": found, "curve": curve, **texts}, place / MEASURES)
+    diverged = json.loads((place / DIVERGED).read_text()) if (place / DIVERGED).is_file() else None
+    write_json({"recipe": job.recipe, "measures": found, "curve": curve, "diverged": diverged, **texts}, place / MEASURES)
 
 
 def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], Evaluation]:

@@ -88,6 +88,12 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
             ],
         ),
         "\n".join(f"* *{name}*: {meaning}." for name, meaning in MEANINGS.items()),
+        *[
+            f"{row.title} diverged after {run['diverged']['iteration']} iterations: its row shows the weights it had then."
+            for row in rows
+            for run in found[row.key]
+            if run.get("diverged")
+        ],
         *_order(found),
         "![Held-out accuracy over iterations](tables_curves.png)",
         "![The same prompts and seeds by method](tables_strips.png)",

@@ -174,6 +174,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(seed)
         t = shift_time(torch.rand(size, generator=generator), self.variant.rules.time_shift)
         noise = torch.randn(latents.shape, generator=generator)
+        latents, t, noise = (tensor.to(self.config.model.device) for tensor in (latents, t, noise))
         metrics: dict[str, float] = {}
         for rows in torch.arange(size).chunk(trainer.minibatches):
             told = [thoughts[row] if thinks else None for row in rows.tolist()]
