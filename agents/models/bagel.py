@@ -23,9 +23,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RotaryEmbedd
 
 from agents.models.context import KeyValueContext
 from agents.models.seam import UnifiedModel
+from agents.models.vision import Connector, VisionConfig, VisionTower
 
 UNDERSTANDING, GENERATION = "", "_moe_gen"
 """The two experts, as the suffix of their weights' names."""
+TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+"""Fixed sin-cos tables, in the files and never trained."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class BagelConfig:
         latent_height, latent_width: latent tokens down and across.
         max_latent_size: side of the position table; a token's entry is `row * max_latent_size + column`.
         image_start_id, image_end_id: the markers around an image.
+        vision: the tower that looks at pictures' pixels, if the model has one.
     """
 
     vocab_size: int = 152064
@@ -55,6 +59,11 @@ class BagelConfig:
     max_latent_size: int = 64
     image_start_id: int = 151652
     image_end_id: int = 151653
+    vision: VisionConfig | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vision, dict):  # from a config file
+            object.__setattr__(self, "vision", VisionConfig(**self.vision))
 
     @property
     def latent_dim(self) -> int:
@@ -174,7 +183,7 @@ class PositionTable(nn.Module):
 
 
 class Bagel(UnifiedModel[KeyValueContext]):
-    """The unified model: reads text, gives velocities. See `agents.models.seam.UnifiedModel` for the four verbs."""
+    """The unified model: reads text and pictures, gives velocities. See `agents.models.seam.UnifiedModel` for the verbs."""
 
     config_class = BagelConfig
     places: Tensor
@@ -188,6 +197,10 @@ class Bagel(UnifiedModel[KeyValueContext]):
         self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
         self.llm2vae = nn.Linear(config.hidden_size, config.latent_dim)
         self.latent_pos_embed = PositionTable(config.hidden_size, config.max_latent_size)
+        if config.vision is not None:
+            self.vit_model = VisionTower(config.vision)
+            self.connector = Connector(config.vision, config.hidden_size)
+            self.vit_pos_embed = PositionTable(config.hidden_size, config.vision.max_patches)
         self.rotary = Qwen2RotaryEmbedding(config.qwen2())
         rows, columns = torch.arange(config.latent_height), torch.arange(config.latent_width)
         places = (rows[:, None] * config.max_latent_size + columns).flatten()
@@ -200,7 +213,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
         weights = dict(self.named_parameters())
         with torch.no_grad():
             for name, weight in weights.items():
-                if name == "latent_pos_embed.pos_embed":
+                if name in TABLES:
                     continue
                 if weight.ndim == 1:
                     weight.fill_(1.0 if "norm" in name else 0.0)
@@ -216,7 +229,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
         image_parts = ("time_embedder.", "vae2llm.", "llm2vae.")
         lists: dict[str, list[nn.Parameter]] = {"text": [], "image": []}
         for name, weight in self.named_parameters():
-            if name != "latent_pos_embed.pos_embed":
+            if name not in TABLES:
                 lists["image" if GENERATION in name or name.startswith(image_parts) else "text"].append(weight)
         return lists
 
@@ -256,14 +269,50 @@ class Bagel(UnifiedModel[KeyValueContext]):
 
     def velocity(self, context: KeyValueContext, x: Tensor, t: Tensor) -> Tensor:
         with self.computing():
-            dtype = self.vae2llm.weight.dtype
-            latents = self.vae2llm(x.to(dtype)) + self.time_embedder(t)[:, None] + self.latent_pos_embed.pos_embed[self.places].to(dtype)
-            markers = self.language_model.model.embed_tokens(self.markers).expand(len(x), -1, -1)
-            tokens = 2 + x.shape[1]
-            mask = F.pad(context.valid[:, None, : context.size], (0, tokens), value=True).expand(-1, tokens, -1)
-            streams, _, _ = self._run({UNDERSTANDING: markers, GENERATION: latents}, context.position[:, None], mask, context)
+            streams, _, _ = self._look(context, self._latent_tokens(x, t), GENERATION)
             hidden = self.language_model.model.norm_moe_gen(streams[GENERATION])
             return self.llm2vae(hidden).float()
+
+    def read_image(
+        self, context: KeyValueContext, latent: Tensor | None = None, pixels: Tensor | None = None, mask: Tensor | None = None
+    ) -> KeyValueContext:
+        """Read finished pictures: a segment of clean latents, then, where pixels are given, one of the vision tower's patches. See the seam.
+
+        Each segment is `<start> tokens <end>` at one position, attends fully to itself, and moves the next position on by one.
+        """
+        if pixels is not None and self.config.vision is None:
+            raise ValueError("expected a model with a vision tower to read pixels, got one without; leave `pixels` out")
+        if latent is None and pixels is None:
+            raise ValueError("expected a latent, pixels, or both; got neither")
+        with self.computing():
+            if latent is not None:
+                tokens = self._latent_tokens(latent, torch.zeros(len(latent), device=latent.device))
+                context = self._remember(context, tokens, GENERATION, mask)
+            if pixels is not None:
+                assert self.config.vision is not None
+                table = self.vit_pos_embed.pos_embed[self.vit_model.places(pixels, self.config.vision.max_patches)]
+                tokens = self.connector(self.vit_model(pixels.to(self.vae2llm.weight.dtype))) + table
+                context = self._remember(context, tokens, UNDERSTANDING, mask)
+        return context
+
+    def _latent_tokens(self, x: Tensor, t: Tensor) -> Tensor:
+        dtype = self.vae2llm.weight.dtype
+        return self.vae2llm(x.to(dtype)) + self.time_embedder(t)[:, None] + self.latent_pos_embed.pos_embed[self.places].to(dtype)
+
+    def _look(self, context: KeyValueContext, tokens: Tensor, expert: str) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+        """All layers over one image segment: the markers through the understanding expert, `tokens` through `expert`."""
+        markers = self.language_model.model.embed_tokens(self.markers).expand(len(tokens), -1, -1)
+        length = 2 + tokens.shape[1]
+        mask = F.pad(context.valid[:, None, : context.size], (0, length), value=True).expand(-1, length, -1)
+        same = expert == UNDERSTANDING
+        streams = {UNDERSTANDING: torch.cat([markers, tokens], 1)} if same else {UNDERSTANDING: markers, expert: tokens}
+        return self._run(streams, context.position[:, None], mask, context)
+
+    def _remember(self, context: KeyValueContext, tokens: Tensor, expert: str, mask: Tensor | None) -> KeyValueContext:
+        """`context` with an image segment, in the rows of `mask` `[N]` (all if left out)."""
+        _, keys, values = self._look(context, tokens, expert)
+        rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device) if mask is None else mask
+        return context.advance(keys, values, rows[:, None].expand(-1, 2 + tokens.shape[1]), context.position + rows)
 
     def _run(
         self, streams: dict[str, Tensor], position: Tensor, mask: Tensor, context: KeyValueContext

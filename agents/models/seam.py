@@ -1,4 +1,4 @@
-"""The seam between the library and a model: four verbs on one linear context.
+"""The seam between the library and a model: verbs on one linear context.
 
 Sampling and training call the same verbs, so a backbone that implements them can be stepped, trained and evaluated by everything in
 `agents`. `Bagel` is the real one; `ToyModel` is the smallest.
@@ -41,7 +41,7 @@ ContextT = TypeVar("ContextT", bound=Context)
 
 
 class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
-    """A model that writes and draws. Reading an image back in (a fifth method, `read_image`) comes with multi-round tasks.
+    """A model that writes and draws.
 
     Attributes:
         config_class: the frozen dataclass that a model is built from.
@@ -77,6 +77,25 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             Logits of the next token, `[N, T, V]` (`[N, 1, V]` with `last_only`), and the grown context. Without gradient a model may
             grow the given context in place; use the returned one.
         """
+
+    def read_image(
+        self, context: ContextT, latent: Tensor | None = None, pixels: Tensor | None = None, mask: Tensor | None = None
+    ) -> ContextT:
+        """Read finished pictures after `context`: sources, or what the model drew itself. A model that only draws leaves this out.
+
+        Args:
+            context: what came before.
+            latent: `[N, L, C]` float32, clean (t = 0).
+            pixels: `[N, 3, height, width]` float32 in [-1, 1], for a model that looks at pixels too.
+            mask: `[N]` bool, the rows that read; all if left out.
+
+        Returns:
+            The grown context; as for `read_text` the given one may have grown in place.
+
+        Raises:
+            NotImplementedError: the model reads no pictures.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no pictures; use a model whose class defines read_image")
 
     @abstractmethod
     def velocity(self, context: ContextT, x: Tensor, t: Tensor) -> Tensor:
