@@ -15,7 +15,7 @@ from agents.models.seam import Context, UnifiedModel
 from unigrpo_env.mdp import Phase, keyed_noise
 
 TOKEN_NOISE, STEP_NOISE = 1_000_001, 1_000_002
-"""Keys of an episode's noise for tokens and for SDE steps; the env's own keys are image numbers."""
+"""Keys of an episode's noise for tokens and, one for each image, for SDE steps; the env's own keys are image numbers."""
 
 
 @dataclass
@@ -128,7 +128,13 @@ class Actor:
         longest = int(lengths.max())
         beyond = torch.arange(longest, device=device) >= lengths[:, None]
         prompts = observation["tokens"][:, :longest].masked_fill(beyond, 0)
-        self._logits, self._context = read_prompts(self.model, prompts, lengths)
+        self._pictures = observation.get("images", prompts[:, :0]).clone()
+        if "images" in observation and bool((observation["image_places"] == 0).any()):
+            # Sources come first, and with them every row reads for itself.
+            self._context, lengths = self.model.start(rows), torch.zeros_like(lengths)
+            self._logits = torch.zeros(rows, 1, observation["legal_tokens"].shape[1], device=device)
+        else:
+            self._logits, self._context = read_prompts(self.model, prompts, lengths)
         # What the context holds: `_read` tokens of `_seen`. What the next observation should add to it: `_written`, up to `_foreseen` tokens.
         self._seen, self._read = observation["tokens"].clone(), lengths.clone()
         self._foreseen, self._written = self._read, (self._seen[:, :0], beyond[:, :0])
@@ -141,6 +147,7 @@ class Actor:
         normal = keyed_noise([(seed, TOKEN_NOISE) for seed in seeds], (len(self._places),))
         self._uniform = torch.special.ndtr(normal.double()).clamp_(min=1e-300).to(device)
         self._noise: Tensor | None = None
+        self._noise_of: list[int] = []
 
     def _catch_up(self, observation: dict[str, Tensor]) -> None:
         """Bring the context to what the observation says."""
@@ -150,19 +157,51 @@ class Actor:
         if torch.equal(self._seen, tokens) and torch.equal(self._foreseen, count):
             # What was written last, and nothing else, is new.
             ids, mask, self._read = *self._written, self._foreseen
+            self._read_text(ids, mask)
         else:
-            if ((self._seen != tokens) & (self._places < self._read[:, None])).any() or (count < self._read).any():
+            if self._changed(observation):
                 self._begin(observation)
-            places = self._places[: int((count - self._read).max())]
-            mask = places < (count - self._read)[:, None]
-            ids = tokens.gather(1, (self._read[:, None] + places).clamp_(max=tokens.shape[1] - 1))
+            self._read_on(observation)
             self._seen.copy_(tokens)
-            self._read = self._foreseen = count.clone()
-        if ids.shape[1]:
+            self._foreseen = self._read
+        self._written = tokens[:, :0], tokens[:, :0].bool()
+
+    def _changed(self, observation: dict[str, Tensor]) -> bool:
+        """Is what was read no longer what the observation says?"""
+        before = self._places < self._read[:, None]
+        if ((self._seen != observation["tokens"]) & before).any() or (observation["num_tokens"] < self._read).any():
+            return True
+        if "images" not in observation:
+            return False
+        looked_at = (observation["image_places"] >= 0) & (observation["image_places"] < self._read[:, None])
+        return bool((observation["images"] != self._pictures)[looked_at].any())
+
+    def _read_on(self, observation: dict[str, Tensor]) -> None:
+        """Read all that is new: words up to the next picture, the picture, and on."""
+        tokens, count, places = observation["tokens"], observation["num_tokens"], observation.get("image_places")
+        self._read = self._read.clone()
+        while True:
+            stop = count if places is None else places.masked_fill(places < self._read[:, None], tokens.shape[1]).amin(1).minimum(count)
+            slots = self._places[: int((stop - self._read).max())]
+            mask = slots < (stop - self._read)[:, None]
+            self._read_text(tokens.gather(1, (self._read[:, None] + slots).clamp_(max=tokens.shape[1] - 1)), mask)
+            self._read.copy_(stop)
+            looks = stop < count
+            if places is None or not looks.any():
+                return
+            number = (places == stop[:, None]).int().argmax(1)
+            self._pictures.copy_(observation["images"])
             assert self._context is not None
-            logits, self._context = self.model.read_text(self._context, ids, mask, last_only=True)
-            self._logits = torch.where(mask[:, :1, None], logits, self._logits)
-        self._written = ids[:, :0], mask[:, :0]
+            latent = observation["images"][torch.arange(len(tokens), device=tokens.device), number]
+            self._context = self.model.read_image(self._context, latent, mask=looks)
+            self._read += looks
+
+    def _read_text(self, ids: Tensor, mask: Tensor) -> None:
+        if ids.shape[1] == 0:
+            return
+        assert self._context is not None
+        logits, self._context = self.model.read_text(self._context, ids, mask, last_only=True)
+        self._logits = torch.where(mask[:, :1, None], logits, self._logits)
 
     def _write(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
         # A waiting row has no legal token; it gets a harmless distribution, and nobody reads its draw.
@@ -205,8 +244,10 @@ class Actor:
         assert self.window is not None
         assert self.window_start is not None
         latent, size = observation["latent"], self.window.size
-        if self._noise is None:
-            keys = [(seed, STEP_NOISE) for seed in self._seeds_used]
+        drawn = (observation["image_places"] >= 0).sum(1).tolist() if "image_places" in observation else [0] * len(latent)
+        if self._noise is None or drawn != self._noise_of:
+            self._noise_of = drawn
+            keys = [(seed, STEP_NOISE + number) for seed, number in zip(self._seeds_used, drawn, strict=True)]
             self._noise = keyed_noise(keys, (size, *latent.shape[1:])).flatten(0, 1).to(latent.device)
         index = (observation["step"] - self.window_start).clamp(0, size - 1)
         return self._noise.index_select(0, torch.arange(len(latent), device=latent.device) * size + index)

@@ -86,6 +86,10 @@ class Collector:
             raise ValueError(f"expected num_envs to be a multiple of {group_size=}, got {env.num_envs}")
         if actor.window is None:
             raise ValueError("expected an actor with a window of stochastic steps, got None; an ODE leaves nothing to learn from")
+        if env.episodes.rules.stored_images:
+            raise ValueError(
+                "expected a variant of one picture and no sources, got one that reads pictures: it can be stepped, sampled and evaluated, not yet trained on"
+            )
         actor.window.check(env.episodes.rules.image_steps)
         self.env, self.actor, self.window = env, actor, actor.window
         self.group_size, self.shared_noise = group_size, shared_noise

@@ -28,6 +28,7 @@ from agents.objectives import (
     text_loss,
     velocity_mse,
 )
+from unigrpo_env.flow_time import shift_time
 
 
 @dataclass
@@ -115,16 +116,16 @@ def forward_points(episodes: TensorDictBase, shift: float, generator: torch.Gene
     """Put points of the forward process in place of the rollout's: `window_latents` become x_t = (1 - t) x_0 + t noise of the finished `latent` x_0.
 
     Args:
-        episodes: N trajectories, changed in place.
+        episodes: trajectories, changed in place.
         shift: t is uniform, shifted as in `time_grid`.
         generator: of t and noise, on the CPU.
     """
     latent, times = episodes["latent"], episodes["window_times"]
     t = torch.rand(times.shape, generator=generator).clamp_(min=1e-3)
-    t = (shift * t / (1 + (shift - 1) * t)).to(latent.device)
+    t = shift_time(t, shift).to(latent.device)
     noise = torch.randn(episodes["window_latents"].shape, generator=generator).to(latent.device)
     level = t[..., None, None]
-    episodes["window_latents"], episodes["window_times"] = (1 - level) * latent[:, None] + level * noise, t
+    episodes["window_latents"], episodes["window_times"] = (1 - level) * latent.unsqueeze(-3) + level * noise, t
 
 
 def window_flow_loss(episodes: TensorDictBase, velocity: Tensor) -> Tensor:
@@ -142,6 +143,8 @@ class UniGRPOLoss(LossModule):
     Reads the keys of `Collector`'s layout and three more, `[N]` each: `advantage`; `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
     a score); `text_share`, the same for the text terms (equal to `weight`, or an episode's share of all chosen tokens). The losses are sums under these weights, so an update does
     not depend on how it is split into micro-batches.
+
+    FPO reads `forward_points` in the window's place, and `flow_loss` `[N, W]`, `window_flow_loss` there before the first update.
 
     Of TorchRL's own GRPO parts this uses the frame alone: its `GRPOLoss` knows token log-probs of one sequence model, and has no room for latents.
 
@@ -211,7 +214,7 @@ class UniGRPOLoss(LossModule):
         text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, *clips)
         log_ratio = torch.zeros_like(tensordict["window_times"][:, 1:])
         image = penalty = kl = torch.zeros_like(text)
-        if now.velocity is not None:
+        if now.velocity is not None and settings.image_weight:
             if settings.image_objective == "refl":
                 image = self._refl(tensordict, now.velocity)
             else:

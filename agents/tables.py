@@ -6,6 +6,7 @@ writes the page.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -20,18 +21,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from agents.checkpoint import latest_checkpoint
+from agents.checkpoint import checkpoints, latest_checkpoint
 from agents.config import Config, load_config
 from agents.evaluation import Evaluation, evaluate
 from agents.logs import read_metrics
-from agents.models import load_model
-from agents.models.files import write_json, write_tensors
+from agents.models import TINY, load_model
+from agents.models.files import WEIGHTS, write_json, write_tensors
 from agents.run import CURVE, run
 from agents.supervised import SupervisedSettings, train_supervised
 from agents.trainer import Trainer, build_guidance, build_variant
 from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
 
-MEASURES, STRIP, DIVERGED = "measures.json", "strip.safetensors", "diverged.json"
+MEASURES, STRIP, DIVERGED, RECIPE = "measures.json", "strip.safetensors", "diverged.json", "recipe.json"
 PROXY = ("env.reward=soft_shapes", "evaluation.reward=shapes", "optimizer.image_lr=3e-4", "optimizer.decay=1.0", "evaluation.every=10")
 """The reward-hacking study: train on the proxy at a learning rate that does not fall, measure with the verifier."""
 
@@ -151,11 +152,9 @@ class Job:
             "output.tensorboard=false",
             "trainer.threads=1",
         ]
-        if self.row.start is not None:
-            base, at = self.row.start
-            settings.append(
-                f"model.name={Path(self.folder) / f'{base}-{self.seed}'}/checkpoints/{max(1, at * self.plan.iterations // 120):06d}/model"
-            )
+        if self.base is not None:
+            at = self.row.start[1] * self.plan.iterations // 120 if self.row.start else 0
+            settings.append(f"model.name={self.base.place / (f'checkpoints/{max(1, at):06d}/model' if at else 'model')}")
         return load_config(self.row.config or "unigrpo", [*settings, *thought, *self.plan.overrides, *own])
 
     @property
@@ -163,15 +162,30 @@ class Job:
         return self.config.trainer.iterations if self.row.config else 0
 
     @property
+    def base(self) -> Job | None:
+        """The run whose weights this one starts from."""
+        if self.row.start is None:
+            return None
+        return Job(next(row for row in ROWS if row.key == self.row.start[0]), self.seed, self.folder, self.plan)
+
+    @property
     def recipe(self) -> dict[str, Any]:
-        """What a kept result must have been made of."""
-        return {"row": asdict(self.row) | {"title": None, "paper": None, "seeds": None, "study": None}, "config": self.config.to_dict()}
+        """What a result is made of; one of another recipe is not this run's. Where the files lie is no part of it."""
+        settings = self.config.to_dict()
+        del settings["output"]["folder"], settings["model"]["name"]
+        start = self.base.recipe if self.base else hashlib.sha256((TINY / WEIGHTS).read_bytes()).hexdigest()
+        lessons = asdict(SupervisedSettings()) if self.row.lessons else None
+        return {"config": self.row.config, "settings": settings, "start": [self.row.start, start], "lessons": [self.row.lessons, lessons]}
+
+    def holds(self, file: str) -> bool:
+        """Whether `file` in the folder is of this very recipe."""
+        path = self.place / file
+        return path.is_file() and json.loads(path.read_text())["recipe"] == json.loads(json.dumps(self.recipe))
 
     @property
     def done(self) -> bool:
-        """Whether the folder holds this very run, measured."""
-        path = self.place / MEASURES
-        return path.is_file() and json.loads(path.read_text())["recipe"] == json.loads(json.dumps(self.recipe))
+        """Whether the run is over and measured."""
+        return self.holds(MEASURES)
 
 
 EXTRAS = ("kernels", "text")
@@ -196,20 +210,21 @@ def play(job: Job) -> None:
     torch.set_num_threads(1)
     config, place = job.config, job.place
     model: Any = load_model(config.model.name)
+    if not job.holds(RECIPE):
+        shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
+    write_json({"recipe": job.recipe}, place / RECIPE)
     if job.row.lessons:
         steps = max(2, job.row.lessons * job.plan.iterations // 120)
         recipe = SupervisedSettings(steps=steps, silent=1.0, drills=0.0, seed=job.seed)
         train_supervised(model, build_variant(config.env), recipe, first_lesson=SupervisedSettings.steps)
         model.save_pretrained(place / "model")
     if job.row.config:
-        if not (place / "checkpoints").is_dir() or json.loads((place / "config.json").read_text()) != json.loads(
-            json.dumps(config.to_dict())
-        ):
-            shutil.rmtree(place)
-            trainer = Trainer(config, model)
-        else:
+        if checkpoints(place / "checkpoints"):
             trainer = Trainer.resume(place)
+        else:
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
+            trainer = Trainer(config, model)
         try:
             run(trainer, Console(quiet=True))
         except FloatingPointError as error:  # a method that diverges is a result; its last weights are measured
@@ -254,16 +269,13 @@ def run_tables(
     """Run what is not done yet; returns all jobs.
 
     Raises:
-        Exception: whatever a run raised; the others are kept.
+        Exception: what the first failed run raised, after all others that can be are done.
     """
     every = jobs(folder, plan, only, extras)
     waiting = [job for job in every if not job.done]
-    # A row that starts from another one needs it first.
     for job in list(waiting):
-        if job.row.start is not None:
-            base = Job(next(row for row in ROWS if row.key == job.row.start[0]), job.seed, job.folder, plan)
-            if not base.done and base not in waiting:
-                waiting.insert(0, base)
+        if job.base is not None and not job.base.done and job.base not in waiting:
+            waiting.insert(waiting.index(job), job.base)
     context = multiprocessing.get_context("spawn")
     columns = (
         TextColumn("tables"),
@@ -277,23 +289,27 @@ def run_tables(
     os.environ["OMP_NUM_THREADS"] = "1"
     with Progress(*columns, TextColumn("{task.fields[now]}"), console=console, speed_estimate_period=600) as progress:
         bar = progress.add_task("tables", total=sum(1 + job.iterations for job in waiting), runs="", now="")
-        with ProcessPoolExecutor(workers or max(1, os.cpu_count() or 1), mp_context=context) as pool:
+        slots = workers or max(1, os.cpu_count() or 1)
+        with ProcessPoolExecutor(slots, mp_context=context) as pool:
             running: dict[Future[None], Job] = {}
-            left = list(waiting)
+            left, failed = list(waiting), dict[Job, BaseException]()
             while left or running:
                 for job in list(left):
-                    needed = job.row.start and f"{job.row.start[0]}-{job.seed}"
-                    if len(running) < pool._max_workers and not any(other.place.name == needed for other in [*left, *running.values()]):  # type: ignore[attr-defined]
+                    if job.base in failed:
+                        left.remove(job)
+                        failed[job] = failed[job.base]
+                    elif len(running) < slots and job.base not in [*left, *running.values()]:
                         left.remove(job)
                         running[pool.submit(play, job)] = job
                 finished, _ = wait(running, timeout=2, return_when=FIRST_COMPLETED)
                 for future in finished:
                     job = running.pop(future)
-                    future.result()
-                    console.print(
-                        f"{job.place.name:<26} accuracy {json.loads((job.place / MEASURES).read_text())['measures']['accuracy']:.3f}",
-                        highlight=False,
-                    )
+                    if error := future.exception():
+                        failed[job] = error
+                        console.print(f"{job.place.name:<26} failed: {error}", highlight=False, markup=False, soft_wrap=True)
+                        continue
+                    measures = json.loads((job.place / MEASURES).read_text())["measures"]
+                    console.print(f"{job.place.name:<26} accuracy {measures['accuracy']:.3f}", highlight=False)
                 steps = sum(len(read_metrics(job.place)) if job not in left else 0 for job in waiting)
                 over = len(waiting) - len(left) - len(running)
                 progress.update(
@@ -302,6 +318,8 @@ def run_tables(
                     runs=f"{over}/{len(waiting)} runs",
                     now="  ".join(job.place.name for job in running.values()),
                 )
+    for error in failed.values():
+        raise error
     return every
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from agents.logs import read_metrics
 from agents.models.files import read_tensors
 from agents.report import FAINT, INK, PAPER, RIGHT, WRONG
-from agents.tables import ROWS, STRIP, Plan, Row
+from agents.tables import ROWS, STRIP, Plan, Row, jobs
 from unigrpo_env.rendering import enlarge
 from unigrpo_env.shapes_world import PROMPT_KINDS
 
@@ -69,7 +69,9 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
     base = [row for row in rows if row.key == "unigrpo"]
     parts = [
         "# The paper's tables on a laptop",
-        f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of as many episodes (or lessons), {plan.prompts} held-out prompts. "
+        f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons), {plan.prompts} held-out prompts. "
+        "Rows without thinking start from weights that were taught to draw without a thought, in "
+        f"{next(row.lessons for row in ROWS if row.lessons) * plan.iterations // 120} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
         "The learning rates, batch and clip ranges are those of the config; no row was swept. One picture an episode, ten denoising steps. "
         "± is half the range over seeds; the standard error of one accuracy is about 0.03.",
@@ -132,8 +134,8 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
                     [
                         row.title,
                         " → ".join(f"{value:.3f}" for value in _ends(run)),
-                        f"{max(value for _, value in run['curve']):.3f}",
-                        f"{run['curve'][-1][1]:.3f}",
+                        f"{max(value for _, value in run['curve'] or [(0, 0.0)]):.3f}",
+                        f"{run['measures']['accuracy']:.3f}",
                         f"{run['measures']['crispness']:.3f}",
                     ]
                     for row in of("penalty")
@@ -163,6 +165,11 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
     path = folder / "tables.md"
     path.write_text("\n\n".join(parts) + "\n")
     return path
+
+
+def _episodes(plan: Plan) -> int:
+    trainer = jobs(Path(), plan)[0].config.trainer
+    return trainer.groups * trainer.group_size
 
 
 def _accuracy(found: Results, row: Row) -> float:
@@ -232,7 +239,8 @@ def _draw_hacking(found: Results, rows: Sequence[Row], path: Path) -> None:
             reward = [step["reward"] for step in read_metrics(Path(run["folder"]))]
             smooth = [sum(reward[max(0, i - 9) : i + 1]) / min(i + 1, 10) for i in range(len(reward))]
             axes[0].plot(range(1, len(smooth) + 1), smooth, label=row.title)
-            axes[1].plot(*zip(*run["curve"], strict=True), marker="o", markersize=3, label=row.title)
+            if run["curve"]:
+                axes[1].plot(*zip(*run["curve"], strict=True), marker="o", markersize=3, label=row.title)
         axes[0].set(title="proxy reward (trained on, running mean)")
         axes[1].set(title="strict accuracy (held out)", ylim=(0, 1))
         axes[1].legend(fontsize=8, frameon=False)

@@ -153,14 +153,17 @@ class Trainer:
     def _learn_episodes(self, seed: int) -> dict[str, float]:
         trainer = self.config.trainer
         episodes, metrics = self._gather(seed)
+        if self._forward:
+            forward_points(episodes, self.variant.rules.time_shift, torch.Generator().manual_seed(seed))
         self.buffer.empty()
         self.buffer.set_rng(torch.Generator().manual_seed(seed))
         self.buffer.extend(episodes)
         parts = [part.flatten(0, 1).to(self.config.model.device) for part in self.buffer]
-        self._recompute(parts, seed)
+        self._recompute(parts)
         size = trainer.micro_batches
         updates = [self._update(parts[start : start + size]) for _ in range(trainer.epochs) for start in range(0, len(parts), size)]
-        for name in updates[0]:
+        updates = [update for update in updates if update]
+        for name in updates[0] if updates else ():
             # Ratios are rounding error before an iteration's first update alone, so that update is the one to show.
             shown = updates[:1] if name.endswith("log_ratio") else updates
             metrics[name] = sum(update[name] for update in shown) / len(shown)
@@ -228,29 +231,35 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _recompute(self, parts: list[TensorDict], seed: int) -> None:
+    def _recompute(self, parts: list[TensorDict]) -> None:
         """What the policy says before the first update, by the training forward on the batches of the update.
 
         In low precision another batch shape is another number; and the points of FPO are none of the rollout's.
         """
-        settings, generator = self.config.algorithm, torch.Generator().manual_seed(seed)
-        forward = bool(settings.image_weight) and settings.image_objective == "fpo"
+        settings = self.config.algorithm
+        if not (self.recompute or self._forward):
+            return
         for part in parts:
-            if forward:
-                forward_points(part, self.variant.rules.time_shift, generator)
-            if not (self.recompute or forward):
-                continue
             old = self.loss.replay(self.model, part)
             if self.recompute:
                 part["log_prob"] = torch.where(part["chosen_mask"], old.log_prob, 0)
-            if forward and old.velocity is not None:
+            if old.velocity is None:
+                continue
+            if self._forward:
                 part["flow_loss"] = window_flow_loss(part, old.velocity)
-            elif old.velocity is not None and settings.kernel != "ode":
+            elif settings.kernel != "ode":
                 part["window_means"], _ = window_means(part, old.velocity, settings.noise_level, settings.kernel)
+
+    @property
+    def _forward(self) -> bool:
+        """Does the image expert learn at points of the forward process?"""
+        return bool(self.config.algorithm.image_weight) and self.config.algorithm.image_objective == "fpo"
 
     def _update(self, parts: list[TensorDict]) -> dict[str, float]:
         """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
-        episodes = max(sum(int(part["counts"].sum()) for part in parts), 1)
+        episodes = sum(int(part["counts"].sum()) for part in parts)
+        if episodes == 0:
+            return {}  # nothing to learn from; a step would follow Adam's momentum alone
         words = max(sum(int(part["chosen_mask"][part["counts"]].sum()) for part in parts), 1)
         metrics: dict[str, float] = {}
         self.optimizer.zero_grad()

@@ -86,12 +86,18 @@ class EpisodeBatch:
         texts: what the model wrote.
         images: the last picture of each, `[N, 3, height, width]` float32 in [0, 1].
         metadata: what the task knows of each prompt and the model was not told.
+        pictures: all that each episode drew, in order, `[drawn, 3, height, width]`; empty in variants of one picture.
+        rounds: the words before each of them, and after the last; likewise.
+        sources: pictures that came with each prompt, `[sources, 3, height, width]`; likewise.
     """
 
     prompts: list[str]
     texts: list[str]
     images: Tensor
     metadata: list[Mapping[str, Any]]
+    pictures: list[Tensor] = field(default_factory=list)
+    rounds: list[list[str]] = field(default_factory=list)
+    sources: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -113,6 +119,10 @@ for _name, _place in {
     "shapes_thought": "rewards.shapes:shapes_thought",
     "crispness": "rewards.shapes:crispness",
     "soft_shapes": "rewards.soft_shapes:soft_shapes",
+    "edit": "rewards.rounds:edit",
+    "story": "rewards.rounds:story",
+    "dialogue": "rewards.rounds:dialogue",
+    "extra_pictures": "rewards.rounds:extra_pictures",
     "brevity": "rewards.text:brevity",
     "toy": "rewards.toy:toy",
 }.items():

@@ -105,7 +105,8 @@ class Verdict:
         return sum(self.requirements.values()) / len(self.requirements)
 
 
-def _matches(cell: int, wanted: Mapping[str, Any]) -> bool:
+def matches(cell: int, wanted: Mapping[str, Any]) -> bool:
+    """Does a cell value show the `shape`, and the `colour` unless that is None?"""
     if cell <= 0:
         return False
     colour, shape = KINDS[cell - 1]
@@ -120,6 +121,11 @@ _RELATIONS = {
 }
 
 
+def relation_holds(relation: str, one: int, other: int) -> bool:
+    """Does cell `one` stand in `relation` to cell `other`?"""
+    return _RELATIONS[relation](one, other)
+
+
 def relation_table(relation: str) -> Tensor:
     """`[9, 9]` float32: 1 where the first cell stands in `relation` to the second."""
     return torch.tensor([[float(_RELATIONS[relation](a, b)) for b in range(GRID * GRID)] for a in range(GRID * GRID)])
@@ -132,7 +138,7 @@ def judge(layout: Sequence[int], metadata: Mapping[str, Any]) -> Verdict:
         layout: nine cell values, `UNREADABLE` included.
         metadata: `objects`: list of `{"count", "colour" (None for any), "shape"}`; optional `relation`, how the first object stands to the second.
     """
-    found = [[place for place, cell in enumerate(layout) if _matches(cell, wanted)] for wanted in metadata["objects"]]
+    found = [[place for place, cell in enumerate(layout) if matches(cell, wanted)] for wanted in metadata["objects"]]
     requirements = {
         f"{wanted['count']} {wanted['colour'] or 'any'} {wanted['shape']}": len(places) == wanted["count"]
         for wanted, places in zip(metadata["objects"], found, strict=True)

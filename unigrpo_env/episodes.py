@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -97,9 +97,10 @@ class Episodes:
         Raises:
             ValueError: it is longer than the budget.
         """
-        tokenizer, ids = self.variant.tokenizer, []
+        tokenizer = self.variant.tokenizer
+        ids = [cast(int, self.rules.image_id)] * self.rules.source_images
         for text in filter(None, (self.variant.system_prompt, prompt.text)):
-            ids += [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            ids += self._segment(text)
         ids = (ids or [tokenizer.bos_token_id, tokenizer.eos_token_id]) + ([tokenizer.bos_token_id] if self.rules.text_budget else [])
         if len(ids) > self.rules.prompt_budget:
             raise ValueError(
@@ -107,17 +108,73 @@ class Episodes:
             )
         return ids
 
+    def _segment(self, text: str) -> list[int]:
+        tokenizer = self.variant.tokenizer
+        return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+    def encode_sources(self, prompt: Prompt) -> Tensor:
+        """A prompt's pictures as latents, `[source_images, L, C]`.
+
+        Raises:
+            ValueError: another number, shape, type or range than the variant reads.
+        """
+        rules, asked = self.rules, self.rules.source_images
+        if len(prompt.sources) != asked:
+            raise ValueError(
+                f"expected {asked} source pictures with the prompt {prompt.text[:60]!r}, got {len(prompt.sources)}; give `Prompt(sources=...)`"
+            )
+        if not asked:
+            return torch.zeros(0, *rules.latent_shape)
+        encode = getattr(self.variant.decode, "encode", None)
+        if encode is None:
+            raise ValueError(f"expected a decoder that encodes sources too, got {type(self.variant.decode).__name__} without `encode`")
+        expected = tuple(self.variant.decode(torch.zeros(1, *rules.latent_shape)).shape[1:])
+        for picture in prompt.sources:
+            if not isinstance(picture, Tensor) or not picture.is_floating_point() or tuple(picture.shape) != expected:
+                got = f"{list(picture.shape)} of {picture.dtype}" if isinstance(picture, Tensor) else type(picture).__name__
+                raise ValueError(
+                    f"expected source pictures as float tensors of shape {list(expected)} (RGB), got {got}; resize or convert them first"
+                )
+            if not (picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1):
+                raise ValueError(
+                    f"expected source pictures with values in [0, 1], got [{float(picture.min()):g}, {float(picture.max()):g}]; divide bytes by 255"
+                )
+        return encode(torch.stack(list(prompt.sources)).float())
+
+    def encode_turns(self, prompt: Prompt) -> list[list[int]]:
+        """What the user will say, as tokens.
+
+        Raises:
+            ValueError: turns in a variant where the user does not speak, more of them than images to follow, or one over the budget.
+        """
+        rules = self.rules
+        if len(prompt.turns) > (rules.image_budget - 1 if rules.turn_budget else 0):
+            raise ValueError(
+                f"expected at most {rules.image_budget - 1 if rules.turn_budget else 0} turns after the prompt {prompt.text[:60]!r}, got {len(prompt.turns)}; "
+                "raise image_budget, or use a variant in which the user speaks"
+            )
+        encoded = [self._segment(turn) for turn in prompt.turns]
+        for turn, ids in zip(prompt.turns, encoded, strict=True):
+            if len(ids) > rules.turn_budget:
+                raise ValueError(
+                    f"the turn {turn[:60]!r} takes {len(ids)} tokens with its marks; expected at most turn_budget={rules.turn_budget}"
+                )
+        return encoded
+
     def reset(self, rows: Sequence[int], prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         """Begin `rows` anew. All prompts are checked before any row changes."""
         encoded: dict[str, list[int]] = {}
         for prompt in prompts:
             if prompt.text not in encoded:
                 encoded[prompt.text] = self.encode(prompt)
+        sources = [self.encode_sources(prompt) for prompt in prompts]
+        turns = [self.encode_turns(prompt) for prompt in prompts]
         if not rows:
             return
         self.begun = True
         index = torch.tensor(rows, device=self.state.phase.device)
-        self.state.begin(index, self.rules, [encoded[prompt.text] for prompt in prompts], seeds)
+        given = torch.stack(sources) if self.rules.source_images else None
+        self.state.begin(index, self.rules, [encoded[prompt.text] for prompt in prompts], seeds, given, turns)
         for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row] = prompt
 
@@ -144,13 +201,37 @@ class Episodes:
 
     def finished(self, rows: Sequence[int]) -> EpisodeBatch:
         """The episodes `rows` as a reward sees them."""
-        prompts = [self.prompts[row] for row in rows]
-        return EpisodeBatch(
-            prompts=[prompt.text if prompt else "" for prompt in prompts],
+        prompts = [cast(Prompt, self.prompts[row]) for row in rows]
+        batch = EpisodeBatch(
+            prompts=[prompt.text for prompt in prompts],
             texts=self.texts(rows),
             images=self.variant.decode(self.state.latent[list(rows)]),
-            metadata=[prompt.metadata if prompt else {} for prompt in prompts],
+            metadata=[prompt.metadata for prompt in prompts],
         )
+        if self.rules.stored_images:
+            batch.pictures.extend(self.pictures(row) for row in rows)
+            batch.rounds.extend(self.rounds(row) for row in rows)
+            batch.sources.extend(torch.stack(list(prompt.sources)) if prompt.sources else batch.images[:0] for prompt in prompts)
+        return batch
+
+    def pictures(self, row: int) -> Tensor:
+        """What a row has drawn and finished, in order, `[drawn, 3, height, width]`."""
+        state, first = self.state, self.rules.source_images
+        drawn = int(state.images_drawn[row])
+        kept = state.images[row, first : first + drawn]
+        latents = kept if len(kept) == drawn else torch.cat([kept, state.latent[row : row + 1]])
+        if len(kept) == drawn and drawn and int(state.image_places[row, first + drawn - 1]) < 0:  # the last one was not put away
+            latents = torch.cat([kept[:-1], state.latent[row : row + 1]])
+        return self.variant.decode(latents)
+
+    def rounds(self, row: int) -> list[str]:
+        """What the model said before each of its pictures, and after the last if it went on."""
+        state, decode = self.state, self.variant.tokenizer.decode
+        begins = [at for at in state.round_begins[row].tolist() if at >= 0]
+        places = state.image_places[row, self.rules.source_images :].tolist()
+        ends = [place if place >= 0 else int(state.num_tokens[row]) for place in [*places, -1][: len(begins)]]
+        tokens = state.tokens[row].tolist()
+        return [decode(tokens[begin:end], skip_special_tokens=True) for begin, end in zip(begins, ends, strict=True)]
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """What the model has written so far, by row."""
@@ -161,7 +242,8 @@ class Episodes:
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""
         state = self.state
-        return {
+        read = {"images": state.images, "image_places": state.image_places} if self.rules.stored_images else {}
+        return read | {
             "phase": state.phase,
             "tokens": state.tokens,
             "num_tokens": state.num_tokens,
@@ -176,8 +258,14 @@ class Episodes:
     def observation_space(self) -> spaces.Dict:
         """Of one row."""
         rules = self.rules
+        stored, endless = rules.stored_images, float("inf")
+        read: dict[str, spaces.Space[Any]] = {}
+        if stored:
+            read["images"] = spaces.Box(-endless, endless, (stored, *rules.latent_shape), dtype=np.float32)
+            read["image_places"] = spaces.Box(-1, rules.max_tokens, (stored,), dtype=np.int64)
         return spaces.Dict(
-            {
+            read
+            | {
                 "phase": spaces.Discrete(3),
                 "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype=np.int64),
                 "num_tokens": spaces.Discrete(rules.max_tokens + 1),

@@ -30,6 +30,8 @@ FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends"
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
 FOREIGN_KINDS = ("three", "mixed", "chain")
 """Kinds that no training prompt has: three objects, two counts, and sums of three numbers."""
+ROUND_WORDS = ("<end>", "make", "remove", "put", "the", "then", "right-picture", "wrong-picture")
+"""Words that only episodes of several pictures need; they stand last in the vocabulary."""
 MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<unk>")
 HELD_OUT_SHARE = 5
 """One prompt in about this many is kept for evaluation and never trained on; see `is_held_out`."""
@@ -56,7 +58,7 @@ def shapes_tokenizer() -> PreTrainedTokenizerFast:
     ]
     words = dict.fromkeys(word for phrase in text for word in phrase.split())
     words |= dict.fromkeys(["and", "plus", "minus", "as", "many", ":", ","])
-    vocabulary = {word: index for index, word in enumerate([*MARKS, *words])}
+    vocabulary = {word: index for index, word in enumerate([*MARKS, *words, *ROUND_WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -65,7 +67,7 @@ def shapes_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>", "</image>"],
+        additional_special_tokens=["<image>", "</image>", "<end>"],
     )
 
 

@@ -9,15 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an episode is asked for: the text the model reads, and what only the reward may see."""
+    """What an episode is asked for.
+
+    Attributes:
+        text: what the model reads.
+        metadata: what only the reward may see.
+        sources: pictures that the model reads before the text, `[3, height, width]` float32 in [0, 1] each.
+        turns: what the user says after each picture, in variants where they speak.
+    """
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[Tensor, ...] = field(default=(), compare=False)
+    turns: tuple[str, ...] = ()
 
 
 class Task(Protocol):

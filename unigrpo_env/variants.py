@@ -10,7 +10,8 @@ from rewards.registry import Registry
 from unigrpo_env.decoders import PixelDecoder
 from unigrpo_env.episodes import Variant
 from unigrpo_env.mdp import Rules
-from unigrpo_env.shapes_world import ShapesTask, shapes_tokenizer
+from unigrpo_env.rounds_world import DialogueTask, EditTask, StoryTask
+from unigrpo_env.shapes_world import ROUND_WORDS, ShapesTask, shapes_tokenizer
 from unigrpo_env.tasks import Task
 from unigrpo_env.toy_task import ToyTask, toy_tokenizer
 
@@ -41,26 +42,113 @@ def make_variant(variant: str | Variant, *, reward: Any = None, **arguments: Any
     return variant if reward is None else dataclasses.replace(variant, reward=reward)
 
 
-@register_variant("text_to_image")
-def text_to_image(
-    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
-) -> Variant:
-    """Think, then draw one picture, in the shapes world: 24 x 24 pixels, 36 latent tokens of 4 x 4 RGB values."""
+def shapes_variant(task: Task, *, reward: Any, rounds: bool = False, **rules: Any) -> Variant:
+    """A scenario in the shapes world: 24 x 24 pixels, 36 latent tokens of 4 x 4 RGB values, words for tokens.
+
+    Args:
+        task: the prompts.
+        reward: of a finished episode.
+        rounds: whether the words of several pictures may be said.
+        rules: what `Rules` takes beyond this world's own tokens and sizes.
+    """
     tokenizer = shapes_tokenizer()
     vocabulary = tokenizer.get_vocab()
     unused = [vocabulary[mark] for mark in ("<pad>", "<bos>", "<unk>", "<image>", "</image>")]
-    rules = Rules(
+    if not rounds:
+        unused += [vocabulary[word] for word in ROUND_WORDS]
+    elif rules.get("end_id") is None:
+        unused.append(vocabulary["<end>"])
+    own = Rules(
         vocab_size=64,
-        prompt_budget=prompt_budget,
-        text_budget=text_budget,
-        image_steps=image_steps,
-        time_shift=time_shift,
         latent_shape=(36, 48),
         open_image_id=tokenizer.eos_token_id,
         forbidden_ids=(*unused, *range(len(tokenizer), 64)),
         pad_id=tokenizer.pad_token_id,
+        image_id=vocabulary["<image>"],
+        next_ids=(tokenizer.bos_token_id,),
+        **rules,
     )
-    return Variant(rules, task or ShapesTask(), tokenizer, PixelDecoder(24, 24, patch=4), reward="shapes")
+    return Variant(own, task, tokenizer, PixelDecoder(24, 24, patch=4), reward=reward)
+
+
+@register_variant("text_to_image")
+def text_to_image(
+    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
+) -> Variant:
+    """Think, then draw one picture, in the shapes world."""
+    rules: dict[str, Any] = {
+        "prompt_budget": prompt_budget,
+        "text_budget": text_budget,
+        "image_steps": image_steps,
+        "time_shift": time_shift,
+    }
+    return shapes_variant(task or ShapesTask(), reward="shapes", **rules)
+
+
+@register_variant("edit")
+def edit(
+    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
+) -> Variant:
+    """Look at a picture and an instruction, think, and draw the picture with that one change."""
+    rules: dict[str, Any] = {
+        "prompt_budget": prompt_budget,
+        "text_budget": text_budget,
+        "image_steps": image_steps,
+        "time_shift": time_shift,
+    }
+    return shapes_variant(task or EditTask(), reward="edit", rounds=True, source_images=1, **rules)
+
+
+@register_variant("reflect")
+def reflect(
+    *,
+    task: Task | None = None,
+    prompt_budget: int = 16,
+    text_budget: int = 24,
+    image_steps: int = 10,
+    time_shift: float = 3.0,
+    image_budget: int = 3,
+    price: float = 0.05,
+) -> Variant:
+    """Think, draw, look at the picture, and draw again or stop: the last picture counts, every further one has a price."""
+    rules: dict[str, Any] = {
+        "prompt_budget": prompt_budget,
+        "text_budget": text_budget,
+        "image_steps": image_steps,
+        "time_shift": time_shift,
+    }
+    end = shapes_tokenizer().get_vocab()["<end>"]
+    reward = {"shapes": 1.0, "extra_pictures": -price}
+    variant = shapes_variant(
+        task or ShapesTask(), reward=reward, rounds=True, image_budget=image_budget, end_id=end, end_before_image=False, **rules
+    )
+    return dataclasses.replace(variant, lowest_reward=-price * (image_budget - 1))
+
+
+@register_variant("story")
+def story(*, pictures: int = 3, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0) -> Variant:
+    """Draw a sequence of pictures with words between them; each adds to the last and must agree with it."""
+    rules: dict[str, Any] = {
+        "prompt_budget": prompt_budget,
+        "text_budget": text_budget,
+        "image_steps": image_steps,
+        "time_shift": time_shift,
+    }
+    return shapes_variant(StoryTask(pictures), reward="story", rounds=True, image_budget=pictures, **rules)
+
+
+@register_variant("dialogue")
+def dialogue(
+    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
+) -> Variant:
+    """Draw what the user asks for, hear what they want changed, and draw again."""
+    rules: dict[str, Any] = {
+        "prompt_budget": prompt_budget,
+        "text_budget": text_budget,
+        "image_steps": image_steps,
+        "time_shift": time_shift,
+    }
+    return shapes_variant(task or DialogueTask(), reward="dialogue", rounds=True, image_budget=2, turn_budget=10, **rules)
 
 
 @register_variant("toy")

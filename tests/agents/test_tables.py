@@ -27,12 +27,17 @@ def test_a_row_that_is_not_there(tmp_path, capsys):
 
 
 def test_runs_are_kept_and_the_page_shows_them(tmp_path):
-    rows, console = ["sft", "proxy_none", "refl_text_grpo"], Console(quiet=True)
+    rows, console = ["sft", "proxy_none", "refl_text_grpo", "sft_no_thinking"], Console(quiet=True)
     run_tables(tmp_path / "runs", QUICK, console, rows, workers=2)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/measures.json")}
-    assert sorted(path.parent.name for path in files) == ["proxy_none-0", "refl-0", "refl_text_grpo-0", "sft-0"], (
-        "what a row starts from is run too"
-    )
+    assert sorted(path.parent.name for path in files) == [
+        "base_no_thinking-0",
+        "proxy_none-0",
+        "refl-0",
+        "refl_text_grpo-0",
+        "sft-0",
+        "sft_no_thinking-0",
+    ], "what a row starts from is run too"
     run_tables(tmp_path / "runs", QUICK, console, rows, workers=1)
     assert files == {path: path.stat().st_mtime_ns for path in files}, "nothing is run twice"
     page = write_page(tmp_path, results(jobs(tmp_path / "runs", QUICK)), QUICK).read_text()
@@ -60,7 +65,7 @@ def test_another_recipe_is_another_run(tmp_path):
     play(job)
     assert job.done
     recipe = json.loads((job.place / "measures.json").read_text())
-    recipe["recipe"]["config"]["trainer"]["seed"] = 5
+    recipe["recipe"]["settings"]["trainer"]["seed"] = 5
     (job.place / "measures.json").write_text(json.dumps(recipe))
     assert not job.done
 
