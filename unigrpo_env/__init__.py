@@ -10,5 +10,13 @@
 import gymnasium as _gym
 
 _ENV, _VECTOR = "unigrpo_env.env:InterleavedGenEnv", "unigrpo_env.vector:InterleavedGenVectorEnv"
-for _id, _variant in {"unigrpo/TextToImage-v0": "text_to_image", "unigrpo/Toy-v0": "toy"}.items():
-    _gym.register(id=_id, entry_point=_ENV, vector_entry_point=_VECTOR, kwargs={"variant": _variant})
+_IDS = {
+    "TextToImage": "text_to_image",
+    "Edit": "edit",
+    "Reflect": "reflect",
+    "Story": "story",
+    "Dialogue": "dialogue",
+    "Toy": "toy",
+}
+for _id, _variant in _IDS.items():
+    _gym.register(id=f"unigrpo/{_id}-v0", entry_point=_ENV, vector_entry_point=_VECTOR, kwargs={"variant": _variant})

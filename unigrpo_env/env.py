@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import gymnasium as gym
@@ -23,7 +24,8 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
 
     ## Description
     A prompt comes in. The agent writes a thought, token by token; the token that closes it (or the end of the budget) opens an image, which begins as
-    noise at flow time t = 1 and which the agent denoises, one latent after the other, down to t = 0. Then the episode ends with its one reward.
+    noise at flow time t = 1 and which the agent denoises, one latent after the other, down to t = 0. Then the episode ends with its one reward, or, in
+    variants of several images, the image is put in the token stream, the user may say something, and the agent writes on.
 
     ## Action Space
     A `Dict`; the env reads the entry of the phase it is in and ignores the other.
@@ -45,6 +47,8 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     | `latent` | `(L, C)` float32 | x_t of the image being drawn, 0 before |
     | `step` | int | denoising steps taken |
     | `t`, `next_t` | `()` float32 in [0, 1] | flow time now and after the next step; 1 is noise, 0 the image |
+    | `images` | `(M, L, C)` float32 | where images are read: sources, then what was drawn, as clean latents |
+    | `image_places` | `(M,)` int64 | where in `tokens` each of them stands; -1: not there yet |
 
     A token that is not legal is appended without further effect. The observation is a copy.
 
@@ -53,10 +57,10 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     not say. An episode that ends without a picture gets the lowest reward.
 
     ## Starting State
-    `reset(seed=...)` draws a training prompt from the task; `options={"prompt": "..."}` (or a `Prompt`) names one. The noise x_1 depends on the seed alone.
+    `reset(seed=...)` draws a training prompt from the task; `options={"prompt": "..."}` names one (a `Prompt`, where it has sources or turns). The noise x_1 depends on the seed alone.
 
     ## Episode End
-    `terminated` when the image is done (or `end_id` was said, in variants that have it). Never `truncated`: use Gymnasium's `TimeLimit`.
+    `terminated` when the last image is done, when `end_id` was said (in variants that have it), or when a user who speaks has no more to say. Never `truncated`: use Gymnasium's `TimeLimit`.
 
     ## Arguments
     `variant`: a registered name or a `Variant`. `reward`: a registered name, a callable or weights by name; the variant's own if left out.
@@ -123,7 +127,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
 
     def _info(self) -> dict[str, Any]:
         prompt = self.episodes.prompts[0]
-        return {"prompt": prompt.text, "metadata": dict(prompt.metadata)} if prompt else {}
+        return {"prompt": prompt.text, "metadata": copy.deepcopy(dict(prompt.metadata))} if prompt else {}
 
 
 def as_prompt(prompt: str | Prompt) -> Prompt:

@@ -12,6 +12,7 @@ Run with pytest; every method named `test_...` is one promise.
 from __future__ import annotations
 
 import warnings
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,22 @@ class VariantContract:
         for seed in range(5):
             observations, actions, _ = play(self.make_env(), seed, rng_seed=seed)
             phases = [int(observation["phase"]) for observation in observations]
-            assert phases == sorted(phases), "text, then image, then the end"
             assert phases[-1] == Phase.DONE
-            assert phases[:-1].count(Phase.TEXT) <= rules.text_budget
-            assert phases[:-1].count(Phase.IMAGE) in (0, rules.image_steps)
+            assert Phase.DONE not in phases[:-1]
+            spans = [(phase, len(list(span))) for phase, span in groupby(phases[:-1])]
+            images = 0
+            for phase, length in spans:
+                if phase == Phase.TEXT:
+                    assert length <= rules.text_budget, "no thought is longer than its budget"
+                else:
+                    assert length % rules.image_steps == 0, "a picture takes all its steps"
+                    images += length // rules.image_steps
+            assert images <= rules.image_budget
+            assert images or spans[-1][0] == Phase.TEXT
             assert int(observations[-1]["num_tokens"]) <= rules.max_tokens
-            times = [float(o["t"]) for o in observations if o["phase"] == Phase.IMAGE]
+            steps = [int(o["step"]) for o in observations if o["phase"] == Phase.IMAGE]
+            assert steps == list(range(rules.image_steps)) * images
+            times = [float(o["t"]) for o in observations if o["phase"] == Phase.IMAGE][: rules.image_steps]
             assert times == sorted(times, reverse=True), "flow time falls"
             assert len(actions) + 1 == len(observations)
 
@@ -117,5 +128,5 @@ class VariantContract:
         variant = self.make_variant()
         if variant.rules.end_id is None:
             return
-        worst = min(play(InterleavedGenEnv(variant), seed)[2] for seed in range(5))
-        assert variant.lowest_reward <= worst
+        rewards = [play(InterleavedGenEnv(variant), seed)[2] for seed in range(5)]
+        assert all(variant.lowest_reward <= reward for reward in rewards if not np.isnan(reward))

@@ -27,8 +27,33 @@ class TestWithoutThought(VariantContract):
         return VARIANTS["text_to_image"](text_budget=0)
 
 
+class TestEdit(VariantContract):
+    def make_variant(self):
+        return VARIANTS["edit"]()
+
+
+class TestReflect(VariantContract):
+    def make_variant(self):
+        return VARIANTS["reflect"]()
+
+
+class TestStory(VariantContract):
+    def make_variant(self):
+        return VARIANTS["story"]()
+
+
+class TestStoryWithoutThought(VariantContract):
+    def make_variant(self):
+        return VARIANTS["story"](text_budget=0)
+
+
+class TestDialogue(VariantContract):
+    def make_variant(self):
+        return VARIANTS["dialogue"]()
+
+
 def test_every_variant_is_tested_here():
-    assert set(VARIANTS) == {"text_to_image", "toy"}
+    assert set(VARIANTS) == {"text_to_image", "edit", "reflect", "story", "dialogue", "toy"}
     assert len(IDS) == len(list(VARIANTS))
 
 
