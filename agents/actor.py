@@ -103,9 +103,12 @@ class Actor:
         self.window_start: Tensor | None = None
         self._context: Context | None = None
         self._seeds: list[int] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def start(self, seeds: Sequence[int], window_start: Tensor | None = None) -> None:
-        """Fix the noise of the coming episodes: all an actor draws for row i is keyed by `seeds[i]`. Without a call the noise is fresh.
+        """Fix the noise of the coming episodes: all an actor draws for row i is keyed by `seeds[i]`.
+
+        Call it for each batch of episodes, and after every change of the weights. Without a call the actor draws fresh noise whenever it sees that an episode has begun anew.
 
         Args:
             seeds: one a row.
@@ -116,11 +119,22 @@ class Actor:
     @torch.no_grad()
     def act(self, observation: dict[str, Tensor]) -> Decision:
         """Choose for every row that can act in this call; `observation` is the vector env's."""
+        if self._seeds is None:
+            self._notice_new_episodes(observation)
         self._catch_up(observation)
         text = observation["phase"] == Phase.TEXT
         if text.any():
             return self._write(observation, text)
         return self._draw(observation, observation["phase"] == Phase.IMAGE)
+
+    def _notice_new_episodes(self, observation: dict[str, Tensor]) -> None:
+        """Forget everything if some row has gone back: fewer tokens, or fewer steps without a token more."""
+        words, step = observation["num_tokens"], observation["step"]
+        if self._last is not None and self._last[0].shape == words.shape:
+            fewer = (words < self._last[0]) | ((words == self._last[0]) & (step < self._last[1]))
+            if fewer.any():
+                self._context = None
+        self._last = words.clone(), step.clone()
 
     def _begin(self, observation: dict[str, Tensor]) -> None:
         rows, device = len(observation["phase"]), observation["tokens"].device
@@ -235,7 +249,7 @@ class Actor:
         """`[N]` bool, is each row's step stochastic; None without a window."""
         if self.window is None:
             return None
-        if self.window_start is None:
+        if self.window_start is None or self.window_start.shape != step.shape:
             self.window_start = torch.full_like(step, self.window.low)
         return (step >= self.window_start) & (step < self.window_start + self.window.size)
 

@@ -219,13 +219,13 @@ class Config:
         ):
             if choice not in choices:
                 raise ValueError(f"expected {name} to be one of {choices}, got {choice!r}")
+        if algorithm.image_objective == "fpo" and algorithm.latent_kl_weight:
+            raise ValueError("expected algorithm.latent_kl_weight = 0 with fpo, whose points are no stochastic steps; use velocity_weight")
         wants_noise = algorithm.latent_kl_weight or algorithm.image_objective == "flow_grpo"
         if algorithm.method == "rl" and algorithm.kernel == "ode" and wants_noise:
             raise ValueError(
                 f"expected a stochastic algorithm.kernel for flow_grpo and the latent KL, got 'ode'; choose one of {tuple(KERNELS)}"
             )
-        if algorithm.image_objective == "fpo" and algorithm.latent_kl_weight:
-            raise ValueError("expected algorithm.latent_kl_weight = 0 with fpo, whose points are no stochastic steps; use velocity_weight")
         if algorithm.kernel == "flow_cps" and algorithm.noise_level > 1:
             raise ValueError(f"expected algorithm.noise_level in (0, 1] for flow_cps, got {algorithm.noise_level}")
         if algorithm.text_clip_high is not None and not algorithm.text_clip_high > 0:

@@ -204,8 +204,8 @@ class UniGRPOLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Losses (to be summed and minimised) and detached metrics, all scalars.
 
-        Metrics: `entropy`, mean over chosen tokens, nats. `*_clip_fraction`, the share of ratios whose gradient the clip cuts off. `*_log_ratio`,
-        the largest |log ratio|: rounding error alone before the first update on a batch.
+        Metrics, means over an episode and then under the same weights: `entropy` of the chosen tokens' distributions, nats; `*_clip_fraction`, the
+        share of ratios whose gradient the clip cuts off. And `*_log_ratio`, the largest |log ratio|: rounding error alone before the first update on a batch.
         """
         settings, now = self.settings, self.replay(self.model, tensordict)
         advantage, chosen = tensordict["advantage"], tensordict["chosen_mask"]
@@ -238,9 +238,9 @@ class UniGRPOLoss(LossModule):
                 "loss_image": settings.image_weight * (weight * image).sum(),
                 "loss_velocity": settings.velocity_weight * (weight * penalty).sum(),
                 "loss_kl": (weight * kl).sum(),
-                "entropy": (now.entropy * chosen).sum() / chosen.sum().clamp(min=1),
-                "text_clip_fraction": clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips),
-                "image_clip_fraction": clip_fraction(image_log_ratio, advantage[:, None], everywhere, settings.image_clip),
+                "entropy": (weight * (now.entropy * chosen).sum(1) / chosen.sum(1).clamp(min=1)).sum(),
+                "text_clip_fraction": (weight * clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips)).sum(),
+                "image_clip_fraction": (weight * clip_fraction(image_log_ratio, advantage[:, None], everywhere, settings.image_clip)).sum(),
                 "text_log_ratio": text_log_ratio.abs().max(),
                 "image_log_ratio": image_log_ratio.abs().max(),
             }

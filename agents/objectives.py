@@ -68,11 +68,11 @@ def _log_range(clip_range: float, clip_high: float | None) -> tuple[float, float
 
 
 def clip_fraction(log_ratio: Tensor, advantage: Tensor, mask: Tensor, clip_range: float, clip_high: float | None = None) -> Tensor:
-    """The share of unmasked entries whose gradient the clip cuts off: ratio past the range on the side that the advantage pulls to."""
+    """The share of unmasked entries in the last dimension whose gradient the clip cuts off: ratio past the range on the side that the advantage pulls to."""
     low, high = _log_range(clip_range, clip_high)
     bound = torch.where(advantage > 0, high, -low)
     cut = (log_ratio * advantage.sign() > bound) & (advantage != 0)
-    return (cut & mask).sum() / mask.sum().clamp(min=1)
+    return (cut & mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def text_loss(
@@ -186,5 +186,5 @@ def flow_matching_loss(velocity: Tensor, noisy: Tensor, latent: Tensor, t: Tenso
 
 
 def refl_loss(reward: Tensor) -> Tensor:
-    """ReFL: -R of the picture seen from one step, x_0 = x_t - t v, the gradient through the reward. `[N]` to `[N]`; NaN (unscored) counts 0."""
-    return -reward.nan_to_num(0.0)
+    """ReFL: -R of the picture seen from one step, x_0 = x_t - t v, the gradient through the reward. `[N]` to `[N]`."""
+    return -reward

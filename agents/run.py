@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from agents.checkpoint import checkpoints
 from agents.display import Display
 from agents.evaluation import Evaluation
 from agents.logs import RunLog, read_metrics
@@ -35,7 +36,7 @@ class Run:
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self.trainer, self.console, self.output = trainer, console, trainer.config.output
         self.folder, self.total = Path(self.output.folder), trainer.config.trainer.iterations
-        if trainer.iteration == 0 and (self.folder / "checkpoints").exists():
+        if trainer.iteration == 0 and checkpoints(self.folder / "checkpoints"):
             raise ValueError(f"{self.folder} holds a run already; resume it with --resume {self.folder}, or give another output.folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(trainer.config.to_dict(), self.folder / "config.json")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from agents.config import setting
 from agents.models.seam import UnifiedModel
 from unigrpo_env.decoders import PixelDecoder
-from unigrpo_env.episodes import Tokenizer, Variant
+from unigrpo_env.episodes import Variant
 from unigrpo_env.flow_time import shift_time
 from unigrpo_env.tasks import Prompt
 
@@ -52,7 +52,7 @@ def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 def supervised_losses(
     model: UnifiedModel[Any],
-    tokenizer: Tokenizer,
+    variant: Variant,
     prompts: Sequence[Prompt | None],
     thoughts: Sequence[str | None],
     latents: Tensor,
@@ -63,19 +63,21 @@ def supervised_losses(
 
     Args:
         model: the four verbs.
-        tokenizer: of the variant.
+        variant: its tokenizer and its system prompt.
         prompts, thoughts: N of each; what is None is not read.
         latents, noise: `[N, L, C]`; x_t = (1 - t) latents + t noise, and the velocity to learn is noise - latents.
         t: `[N]` in [0, 1], 1 is noise.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer = variant.tokenizer
 
-    def segments(texts: Iterable[str | None]) -> tuple[Tensor, Tensor]:
-        ids, mask = pad([[] if text is None else [bos, *tokenizer.encode(text, add_special_tokens=False), eos] for text in texts])
+    def segments(rows: Iterable[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        encode, bos, eos = tokenizer.encode, tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids, mask = pad([[token for text in texts for token in (bos, *encode(text, add_special_tokens=False), eos)] for texts in rows])
         return ids.to(latents.device), mask.to(latents.device)
 
-    asked, asked_mask = segments(None if prompt is None else prompt.text for prompt in prompts)
-    said, said_mask = segments(thoughts)
+    system = [variant.system_prompt] if variant.system_prompt else []
+    asked, asked_mask = segments([] if prompt is None else [*system, prompt.text] for prompt in prompts)
+    said, said_mask = segments([] if thought is None else [thought] for thought in thoughts)
     _, context = model.read_text(model.start(len(prompts)), asked, asked_mask, last_only=True)
     text = torch.zeros((), device=latents.device)
     if said.shape[1]:
@@ -141,7 +143,7 @@ def train_supervised(
         noise = torch.randn(latents.shape, generator=generator)
         text, image = supervised_losses(
             model,
-            variant.tokenizer,
+            variant,
             [None if left else prompt for prompt, left in zip(prompts, unprompted, strict=True)],
             [None if left or quiet else thought for thought, left, quiet in zip(thoughts, unprompted, silent, strict=True)],
             latents,

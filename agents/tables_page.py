@@ -184,12 +184,19 @@ def _paper(row: Row) -> tuple[str, str]:
 
 
 def _order(found: Results) -> list[str]:
-    """Do the ranges over seeds lie one above the other?"""
-    keys = [key for key in ("unigrpo", "text_grpo", "flow_grpo", "sft") if len(found.get(key, [])) > 1]
-    ranges = [[run["measures"]["accuracy"] for run in found[key]] for key in keys]
+    """Does UniGRPO's range over seeds lie above the others'?"""
+    ranges = {
+        key: [run["measures"]["accuracy"] for run in found[key]]
+        for key in ("unigrpo", "text_grpo", "flow_grpo", "sft")
+        if len(found.get(key, [])) > 1
+    }
+    best = ranges.pop("unigrpo", [])
+    titles = {row.key: row.title for row in ROWS}
     lines = [
-        f"* {upper} [{min(a):.3f}, {max(a):.3f}] {'lies wholly above' if min(a) > max(b) else 'does not lie wholly above'} {lower} [{min(b):.3f}, {max(b):.3f}]."
-        for upper, lower, a, b in zip(keys, keys[1:], ranges, ranges[1:], strict=False)
+        f"* UniGRPO [{min(best):.3f}, {max(best):.3f}] {'lies wholly above' if min(best) > max(other) else 'does not lie wholly above'} "
+        f"{titles[key]} [{min(other):.3f}, {max(other):.3f}]."
+        for key, other in ranges.items()
+        if best
     ]
     return ["Ranges of accuracy over seeds:", "\n".join(lines)] if lines else []
 

@@ -42,11 +42,11 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)
 
 METRICS = {
     "reward": "mean reward of the iteration's episodes",
-    "signal": "share of groups whose rewards differ; the others teach nothing",
+    "signal": "share of groups whose rewards differ; the others have advantage 0",
     "unscored": "share of episodes that the reward could not score",
     "thought_length": "mean number of tokens the policy chose, an episode",
     "entropy": "mean entropy of the token distribution, nats; falling fast means the text stops exploring",
-    "text_clip_fraction": "share of tokens whose gradient the clip cut off; 0 while one update is made a batch",
+    "text_clip_fraction": "share of tokens whose gradient the clip cut off; 0 in an iteration's first update",
     "image_clip_fraction": "the same for stochastic image steps",
     "text_log_ratio": "largest |log ratio| of a token before the iteration's first update: rounding error alone",
     "image_log_ratio": "the same for image steps",
@@ -182,7 +182,7 @@ class Trainer:
         for rows in torch.arange(size).chunk(trainer.minibatches):
             told = [thoughts[row] if thinks else None for row in rows.tolist()]
             asked = [prompts[row] for row in rows.tolist()]
-            text, image = supervised_losses(self.model, self.variant.tokenizer, asked, told, latents[rows], t[rows], noise[rows])
+            text, image = supervised_losses(self.model, self.variant, asked, told, latents[rows], t[rows], noise[rows])
             self.optimizer.zero_grad()
             losses = {"loss_text": settings.text_weight * text, "loss_image": settings.image_weight * image}
             (losses["loss_text"] + losses["loss_image"]).backward()
@@ -271,10 +271,7 @@ class Trainer:
             torch.stack([value for name, value in out.items() if name.startswith("loss_")]).sum().backward()
             for name, tensor in out.items():
                 value, known = float(tensor.detach()), metrics.get(name, 0.0)
-                if name.endswith("log_ratio"):
-                    metrics[name] = max(known, value)
-                else:
-                    metrics[name] = known + (value if name.startswith("loss_") else value / len(parts))
+                metrics[name] = max(known, value) if name.endswith("log_ratio") else known + value
         return metrics | self._step()
 
     def _step(self) -> dict[str, float]:
@@ -297,22 +294,38 @@ class Trainer:
         return norms
 
     def _score(self, latents: Tensor, groups: Tensor) -> Tensor:
-        """ReFL's reward of latents, with its gradient; words are not shown to it.
+        """ReFL's reward of latents, with its gradient; words are not shown to it, and what it cannot score counts 0.
 
         Raises:
-            ValueError: the reward has no gradient.
+            UnscoredError: it could not score more than the allowed share.
+            ValueError: it has no gradient.
         """
-        settings = self.config
-        reward = WeightedReward(settings.algorithm.refl_reward or self.variant.reward)
-        prompts = [self.prompts[group] for group in groups.tolist()]
-        batch = EpisodeBatch([p.text for p in prompts], [""] * len(prompts), self.variant.decode(latents), [p.metadata for p in prompts])
-        scored = reward(batch, keep_gradient=True).reward
+        name = self.config.algorithm.refl_reward or self.variant.reward
+        reward = WeightedReward(name)
+
+        def score(rows: Tensor) -> Tensor:
+            prompts = [self.prompts[group] for group in groups[rows].tolist()]
+            images = self.variant.decode(latents[rows])
+            batch = EpisodeBatch([p.text for p in prompts], [""] * len(prompts), images, [p.metadata for p in prompts])
+            return reward(batch, keep_gradient=True).reward.to(latents.device)
+
+        rows = torch.arange(len(latents), device=latents.device)
+        scored = score(rows)
+        unknown = scored.isnan()
+        if unknown.any():
+            share = float(unknown.float().mean())
+            if share == 1 or share > self.config.trainer.max_unscored:
+                raise UnscoredError(
+                    f"{int(unknown.sum())} of {len(rows)} pictures could not be scored by refl's reward {name!r}: it returned NaN or infinity. "
+                    "Do the prompts say what it needs? Mend it, or name another in algorithm.refl_reward"
+                )
+            known = rows[~unknown]
+            scored = torch.zeros_like(scored).index_put((known,), score(known))  # again, so that no NaN is on the way of a gradient
         if latents.requires_grad and not scored.requires_grad:
             raise ValueError(
-                f"expected a differentiable reward for refl, got {settings.algorithm.refl_reward or self.variant.reward!r}, which gives no gradient; "
-                "name one in algorithm.refl_reward, such as soft_shapes"
+                f"expected a differentiable reward for refl, got {name!r}, which gives no gradient; name one in algorithm.refl_reward, such as soft_shapes"
             )
-        return scored.to(latents.device)
+        return scored
 
     def _schedule(self) -> float:
         """Linear rise over `warmup`, then a linear fall to `decay` at the last iteration."""

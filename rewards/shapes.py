@@ -181,7 +181,7 @@ def shapes_thought(episodes: EpisodeBatch) -> Tensor:
 
 
 def crispness(episodes: EpisodeBatch) -> Tensor:
-    """1 less the mean distance from each pixel to the nearest picture of the alphabet, in units of the verifier's tolerance: what no task reward looks at."""
+    """1 less the mean distance of a cell to its nearest template, in units of the verifier's tolerance: what no task reward looks at."""
     return 1 - _distances(episodes.images).min(-1).values.mean(1) / TOLERANCE
 
 

@@ -16,7 +16,7 @@ from rewards.registry import EpisodeBatch
 from rewards.shapes import CELL, GRID, KINDS, relation_table, templates
 
 SHARPNESS, EMPTY = 3.0, 2.0
-"""Scale of the recognition scores, and the score of an empty cell; a perfect object scores 3.7 to 8."""
+"""Scale of the recognition scores, and the score of an empty cell; a perfect object scores 3.7 to 7.2."""
 
 
 @cache

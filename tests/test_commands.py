@@ -36,9 +36,11 @@ def test_loop_without_the_trainer():
     assert "after" in out
 
 
-def test_the_readme_runs():
-    """Every Python block of the README, in one process."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+@pytest.mark.parametrize("page", ["README.md", "docs/variants.md"])
+def test_the_pages_run(page):
+    """Every Python block of a page, in one process."""
+    blocks = (ROOT / page).read_text().split("```python\n")[1:]
+    assert blocks
     code = "\n".join(block.split("```")[0] for block in blocks)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr

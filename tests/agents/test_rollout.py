@@ -289,3 +289,22 @@ def test_groups_that_cannot_be(small_bagel, size, rows, message):
     env = InterleavedGenVectorEnv(num_envs=rows)
     with pytest.raises(ValueError, match=message):
         Collector(env, Actor(small_bagel, window=Window()), size)
+
+
+def test_without_start_each_new_episode_has_fresh_noise(small_bagel):
+    """The same prompts again: other words, other SDE noise, and none of the old context."""
+    env = InterleavedGenVectorEnv(num_envs=4, text_budget=5, image_steps=6)
+    actor, seen = Actor(small_bagel, window=WINDOW), []
+    for _ in range(3):
+        observation, _ = env.reset(seed=0, options={"prompts": ["a circle"] * 4})
+        play(env, actor, observation)
+        seen.append(env.texts())
+    assert seen[0] != seen[1] != seen[2]
+    pictures = Actor(small_bagel, window=WINDOW)
+    latents = []
+    for rows in (2, 2, 3):
+        env = InterleavedGenVectorEnv(num_envs=rows, text_budget=0, image_steps=6)
+        observation, _ = env.reset(seed=0, options={"prompts": ["a circle"] * rows})
+        play(env, pictures, observation)
+        latents.append(env.episodes.state.latent[:2].clone())
+    assert not torch.equal(latents[0], latents[1])

@@ -12,7 +12,7 @@ from agents.config import Config, config_names, load_config, settings
 from agents.logs import read_metrics
 from agents.run import run
 from agents.trainer import METRICS, Trainer
-from rewards import REWARDS, UnscoredError
+from rewards import REWARDS, UnscoredError, WeightedReward
 
 TOY = [
     "model.name=toy", "env.variant=toy", "env.time_shift=1.0", "env.image_steps=10", "env.text_budget=2", "evaluation.image_steps=10",
@@ -327,21 +327,56 @@ def gradients(model, folder, *overrides):
     return metrics, torch.cat([p.grad.flatten() for group in trainer.experts.values() for p in group if p.grad is not None])
 
 
+def halves(episodes):
+    """A reward that is the same for all in every other group, NaN for some, and differs in the rest."""
+    red = episodes.images[:, 0].mean((1, 2))
+    group = torch.arange(len(episodes)) // 4
+    return torch.where(group % 2 == 0, 0.5, red).masked_fill(torch.arange(len(episodes)) % 7 == 3, torch.nan)
+
+
 @pytest.mark.parametrize(
     "choice",
-    ["algorithm.text_aggregation=token", "algorithm.text_kl_weight=0.1", "algorithm.image_objective=fpo", "trainer.dynamic_sampling=drop"],
+    [
+        ["algorithm.text_aggregation=token"],
+        ["algorithm.text_kl_weight=0.1", "algorithm.velocity_weight=1.0", "algorithm.latent_kl_weight=0.5"],
+        ["algorithm.text_kl_weight=0.1", "algorithm.text_aggregation=token"],
+        ["algorithm.image_objective=fpo", "algorithm.kernel=ode"],
+        ["trainer.dynamic_sampling=drop"],
+    ],
 )
 def test_micro_batches_do_not_change_other_objectives(small_bagel, tmp_path, choice):
+    """With a reference that is not the policy, so that every penalty pulls; with groups that have no signal and episodes without a score."""
+    if "halves" not in REWARDS:
+        REWARDS.add("halves", halves)
     small_bagel.save_pretrained(tmp_path / "start")
-    extra = ["algorithm.kernel=ode"] if "fpo" in choice else []
-    found = [
-        gradients(type(small_bagel).from_pretrained(tmp_path / "start"), tmp_path, choice, f"trainer.micro_batches={parts}", *extra)[1]
-        for parts in (1, 4)
-    ]
-    if "fpo" in choice:  # its noise is drawn by part
-        assert torch.isfinite(found[1]).all()
-    else:
-        torch.testing.assert_close(found[0], found[1], atol=2e-6, rtol=1e-3)
+    found = []
+    for parts in (1, 4):
+        settings = [*SMALL, "env.reward=halves", f"output.folder={tmp_path}", f"trainer.micro_batches={parts}", *choice]
+        trainer = Trainer(load_config("unigrpo", settings), type(small_bagel).from_pretrained(tmp_path / "start"))
+        if trainer.reference is not None:
+            with torch.no_grad():
+                for parameter in trainer.reference.parameters():
+                    parameter.mul_(1.1)
+        metrics = trainer.iterate()
+        found.append((metrics, torch.cat([p.grad.flatten() for group in trainer.experts.values() for p in group if p.grad is not None])))
+    torch.testing.assert_close(found[0][1], found[1][1], atol=2e-5, rtol=2e-3)
+    for name in ("loss_text", "loss_image", "loss_velocity", "loss_kl", "entropy", "text_clip_fraction"):
+        assert found[0][0][name] == pytest.approx(found[1][0][name], rel=1e-3, abs=1e-6), name
+    assert found[0][0]["signal"] == 0.5
+    if "algorithm.text_kl_weight=0.1" in choice:
+        assert found[0][0]["loss_kl"] > 0
+
+
+def test_an_update_in_which_nothing_counts_changes_nothing(tmp_path):
+    REWARDS._entries.setdefault("same", lambda episodes: [0.5] * len(episodes))
+    trainer = toy_trainer(tmp_path, "trainer.dynamic_sampling=drop", "trainer.minibatches=1")
+    trainer.iterate()
+    before = weights_of(trainer)
+    trainer.env.episodes.reward = WeightedReward("same")
+    metrics = trainer.iterate()
+    assert metrics["signal"] == 0
+    assert math.isnan(metrics["loss_text"])
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
 
 
 def test_tokens_alike_is_not_episodes_alike(small_bagel, tmp_path):
@@ -406,6 +441,7 @@ def test_refl_without_a_gradient_says_so(small_bagel, tmp_path):
         ("algorithm.kernel=ode", "stochastic algorithm.kernel"),
         ("algorithm.kernel=sde", "'flow_sde', 'flow_cps', 'dance', 'ode'"),
         ("algorithm.image_objective=ppo", "'flow_grpo', 'fpo', 'refl'"),
+        ("algorithm.text_clip_high=-2", "text_clip_high > 0"),
         ("guidance.renorm=all", "'none', 'global'"),
         ("trainer.dynamic_sampling=refill", "'keep', 'drop', 'replace'"),
     ],
@@ -413,6 +449,27 @@ def test_refl_without_a_gradient_says_so(small_bagel, tmp_path):
 def test_choices_that_are_not_there(override, message):
     with pytest.raises(ValueError, match=message):
         load_config("unigrpo", [override])
+
+
+def test_refl_does_not_train_on_what_it_cannot_score(tmp_path):
+    REWARDS._entries.setdefault(
+        "grey_or_nan", lambda e: torch.where(torch.arange(len(e)) % 4 == 0, torch.nan, 1) * e.images.mean((1, 2, 3))
+    )
+    refl = ["algorithm.refl_reward=grey_or_nan", "env.text_budget=0"]
+    with pytest.raises(UnscoredError, match="16 of 64 pictures could not be scored by refl's reward 'grey_or_nan'"):
+        toy_trainer(tmp_path, *refl, "trainer.max_unscored=0.1", config="refl").iterate()
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("fpo", "algorithm.latent_kl_weight=0.1", "no stochastic steps"),
+        ("flow_cps", "algorithm.noise_level=2", r"\(0, 1\] for flow_cps"),
+    ],
+)
+def test_choices_that_do_not_go_together(config, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(config, [override])
 
 
 def test_guidance_in_training_has_ratio_one_before_the_first_update(small_bagel, tmp_path):

@@ -66,9 +66,6 @@ def test_a_story_is_one_stream():
     assert observation["phase"] == Phase.TEXT
     assert words(env)[-6:] == ["red", "circle", "top", "<eos>", "<image>", "<bos>"]
     assert observation["image_places"].tolist() == [len(words(env)) - 2]
-    assert (
-        torch.equal(env.episodes.variant.decode(torch.tensor(observation["images"]))[0], picture(layout(c1=RED_CIRCLE)).clamp(0, 1)) or True
-    )
     torch.testing.assert_close(env.episodes.variant.decode(torch.tensor(observation["images"]))[0], picture(layout(c1=RED_CIRCLE)))
     say(env, "blue square left <eos>")
     _, reward, ended, _, info = paint(env, layout(c1=RED_CIRCLE, c3=BLUE_SQUARE))
