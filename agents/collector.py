@@ -49,7 +49,8 @@ def play(
 class Collector:
     """Collects groups of episodes.
 
-    A trajectory TensorDict has batch size `[groups, group_size]`; K = text_budget + 1, W = window size, L x C the latent:
+    A trajectory TensorDict has batch size `[groups, group_size]`; R = image_budget pictures an episode at most, K tokens after the prompt at most (text_budget + 1 where R = 1),
+    W = window size, L x C the latent, M pictures that may be read:
 
     | key | shape, dtype | meaning |
     |---|---|---|
@@ -58,11 +59,12 @@ class Collector:
     | `text_mask` | `[K]` bool | which of `tokens` count |
     | `chosen_mask` | `[K]` bool | which of them the policy chose; a forced one is not |
     | `log_prob` | `[K]` float32 | of the chosen tokens, by the policy that wrote them; 0 elsewhere |
-    | `window_latents` | `[W + 1, L, C]` float32 | x before each stochastic step, and after the last |
-    | `window_means` | `[W, L, C]` float32 | mean of each step's Gaussian, by the policy that drew |
-    | `window_times` | `[W + 1]` float32 | flow times of `window_latents`, falling |
-    | `has_image` | bool | whether there is one; without, the image's entries hold nothing |
-    | `latent` | `[L, C]` float32 | the finished image |
+    | `window_latents` | `[R (W + 1), L, C]` float32 | x before each stochastic step, and after the last, picture by picture |
+    | `window_means` | `[R W, L, C]` float32 | mean of each step's Gaussian, by the policy that drew |
+    | `window_times` | `[R (W + 1)]` float32 | flow times of `window_latents`, falling |
+    | `images_drawn` | int64 | pictures of the episode; the entries of further ones hold nothing |
+    | `latent` | `[L, C]` float32 | the last finished picture |
+    | `images`, `image_places` | `[M, L, C]` float32, `[M]` int64 | where M > 0: clean latents that were read, and where in prompt and tokens; -1: none |
     | `reward` | float32 | NaN where the episode could not be scored |
     | `group`, `seed` | int64 | group's id; what the episode's noise was drawn from |
     | `components` | TensorDict | named parts of the reward, float32 |
@@ -86,10 +88,6 @@ class Collector:
             raise ValueError(f"expected num_envs to be a multiple of {group_size=}, got {env.num_envs}")
         if actor.window is None:
             raise ValueError("expected an actor with a window of stochastic steps, got None; an ODE leaves nothing to learn from")
-        if env.episodes.rules.stored_images:
-            raise ValueError(
-                "expected a variant of one picture and no sources, got one that reads pictures: it can be stepped, sampled and evaluated, not yet trained on"
-            )
         actor.window.check(env.episodes.rules.image_steps)
         self.env, self.actor, self.window = env, actor, actor.window
         self.group_size, self.shared_noise = group_size, shared_noise
@@ -122,14 +120,14 @@ class Collector:
     def _empty(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         rules, rows = self.env.episodes.rules, self.env.num_envs
         device = observation["phase"].device
-        words, size = rules.text_budget + 1, self.window.size
+        words, size, rounds = rules.max_tokens - rules.prompt_budget, self.window.size, rules.image_budget
         return {
             "log_prob": torch.zeros(rows, words, device=device),
             "chosen_mask": torch.zeros(rows, words, dtype=torch.bool, device=device),
-            "window_latents": torch.zeros(rows, size + 1, *rules.latent_shape, device=device),
-            "window_means": torch.zeros(rows, size, *rules.latent_shape, device=device),
+            "window_latents": torch.zeros(rows, rounds * (size + 1), *rules.latent_shape, device=device),
+            "window_means": torch.zeros(rows, rounds * size, *rules.latent_shape, device=device),
             # Any falling times will do until the real ones are written: they keep an episode without an image from dividing by zero.
-            "window_times": torch.linspace(0.9, 0.5, size + 1, device=device).repeat(rows, 1),
+            "window_times": torch.linspace(0.9, 0.5, size + 1, device=device).repeat(rows, rounds),
         }
 
     def _write(
@@ -146,13 +144,16 @@ class Collector:
         if len(rows) == 0:
             return
         size, at = self.window.size, index[rows]
-        record["window_latents"].flatten(0, 1).index_copy_(0, rows * (size + 1) + at, observation["latent"].index_select(0, rows))
-        record["window_means"].flatten(0, 1).index_copy_(0, rows * size + at, decision.mean.index_select(0, rows))
-        record["window_times"][rows, at] = observation["t"][rows]
-        last = rows[at == size - 1]
-        if len(last):
-            record["window_latents"][last, size] = decision.latent.index_select(0, last)
-            record["window_times"][last, size] = observation["next_t"][last]
+        # Where the picture's own window begins, among the rows of all episodes.
+        picture = rows * self.env.episodes.rules.image_budget + self.env.episodes.state.images_drawn[rows]
+        place, times = picture * (size + 1) + at, record["window_times"].view(-1)
+        record["window_latents"].flatten(0, 1).index_copy_(0, place, observation["latent"].index_select(0, rows))
+        record["window_means"].flatten(0, 1).index_copy_(0, picture * size + at, decision.mean.index_select(0, rows))
+        times.index_copy_(0, place, observation["t"][rows])
+        last = at == size - 1
+        if last.any():
+            record["window_latents"].flatten(0, 1).index_copy_(0, place[last] + 1, decision.latent.index_select(0, rows[last]))
+            times.index_copy_(0, place[last] + 1, observation["next_t"][rows[last]])
 
     def _finish(self, record: dict[str, Tensor], words: list[tuple[Tensor, Tensor, Tensor]], observation: dict[str, Tensor]) -> None:
         """Place the words' log-probs, and split the token buffer into prompt and thought, once, at the end."""
@@ -171,4 +172,6 @@ class Collector:
         record["text_mask"] = slots < said
         record["tokens"] = tokens.gather(1, (lengths[:, None] + slots).clamp_(max=tokens.shape[1] - 1)).masked_fill(slots >= said, 0)
         record["latent"] = observation["latent"].clone()
-        record["has_image"] = observation["step"] > 0
+        record["images_drawn"] = self.env.episodes.state.images_drawn.clone()
+        if "images" in observation:
+            record["images"], record["image_places"] = observation["images"].clone(), observation["image_places"].clone()

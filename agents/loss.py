@@ -38,7 +38,7 @@ class Replay:
     Attributes:
         log_prob: `[N, K]` float32, of each token.
         entropy: `[N, K]` float32, of the distribution it was drawn from, in nats; carries no gradient.
-        velocity: `[N, W, L, C]` float32, at the stochastic steps; None if it was not asked for.
+        velocity: `[N, R W, L, C]` float32, at the stochastic steps; None if it was not asked for.
     """
 
     log_prob: Tensor
@@ -61,28 +61,34 @@ def replay(
     Args:
         model: the four verbs.
         episodes: N trajectories.
-        legal_tokens: `[V]` bool, as in the rollout.
+        legal_tokens: `[2, V]` bool, as in the rollout: before the first picture, and after one.
         temperature: as in the rollout.
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
         look: False leaves the velocities out, where text alone is learnt.
         guidance: as in the rollout.
     """
+    if "images" in episodes.keys():  # noqa: SIM118 (a TensorDict is no dict)
+        return _replay_rounds(model, episodes, legal_tokens, temperature, through_context, look, guidance)
     logits, context = read_episodes(model, episodes)
     tokens, longest = episodes["tokens"], logits.shape[1]
-    log_probs = token_log_probs(logits, legal_tokens, temperature)
+    legal = legal_tokens[0]
+    log_probs = token_log_probs(logits, legal, temperature)
     # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
     log_prob = log_probs.gather(2, tokens[:, :longest, None])[..., 0]
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs.masked_fill(~legal_tokens, 0)).sum(-1)
     unused = (0, tokens.shape[1] - longest)
-    found = Replay(nn.functional.pad(log_prob, unused), nn.functional.pad(entropy, unused), None)
+    found = Replay(nn.functional.pad(log_prob, unused), nn.functional.pad(_entropy(log_probs, legal), unused), None)
     if look:
         found.velocity = window_velocities(model, context if through_context else context.detach(), episodes, guidance)
     return found
 
 
+@torch.no_grad()
+def _entropy(log_probs: Tensor, legal: Tensor) -> Tensor:
+    return -(log_probs.exp() * log_probs.masked_fill(~legal, 0)).sum(-1)
+
+
 def read_episodes(model: UnifiedModel[Any], episodes: TensorDictBase) -> tuple[Tensor, Context]:
-    """Logits `[N, T, V]` of the first T tokens said, T the longest thought, and the context at which each image opened."""
+    """Logits `[N, T, V]` of the first T tokens said, T the longest thought, and the context at which each image opened; episodes of one picture."""
     logits, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"])
     mask = episodes["text_mask"]
     longest = int(mask.sum(1).max())
@@ -92,23 +98,88 @@ def read_episodes(model: UnifiedModel[Any], episodes: TensorDictBase) -> tuple[T
     return torch.cat([logits, later[:, :-1]], 1), context
 
 
-def window_velocities(model: UnifiedModel[Any], context: Context, episodes: TensorDictBase, guidance: Guidance | None = None) -> Tensor:
-    """Velocities `[N, W, L, C]` at the recorded steps."""
-    latents, times = episodes["window_latents"][:, :-1], episodes["window_times"][:, :-1]
-    velocity = guided_velocity(model, context.repeat(times.shape[1]), latents.flatten(0, 1), times.flatten(), guidance)
-    return velocity.unflatten(0, times.shape)
+def _replay_rounds(
+    model: UnifiedModel[Any],
+    episodes: TensorDictBase,
+    legal_tokens: Tensor,
+    temperature: float,
+    through_context: bool,
+    look: bool,
+    guidance: Guidance | None,
+) -> Replay:
+    """`replay` where pictures are read: one walk along the stream, words up to a picture, the picture, and on."""
+    length, said = episodes["prompt_length"][:, None], episodes["text_mask"]
+    rows = torch.arange(len(said), device=said.device)
+    slots = torch.arange(said.shape[1], device=said.device)
+    stream = nn.functional.pad(episodes["prompt_tokens"], (0, said.shape[1]))
+    stream = stream.scatter(1, length + slots, torch.where(said, episodes["tokens"], 0))
+    end = length[:, 0] + said.sum(1)
+    places, images, rounds = episodes["image_places"], episodes["images"], _rounds(episodes)
+    sources = places.shape[1] - (rounds - 1)
+    log_prob = torch.zeros(said.shape, device=said.device)
+    entropy, velocities = torch.zeros_like(log_prob), list[Tensor]()
+    context, read = model.start(len(said)), torch.zeros_like(end)
+    for number in range(-sources, rounds):  # sources, then the rounds
+        place = places[:, sources + number] if number < rounds - 1 else torch.full_like(end, -1)
+        stop = torch.where(place >= 0, place, end)
+        width = int((stop - read).max())
+        if width:
+            inside = torch.arange(width, device=said.device)
+            mask = inside < (stop - read)[:, None]
+            at = (read[:, None] + inside).clamp(max=stream.shape[1] - 1)
+            ids = stream.gather(1, at)
+            logits, context = model.read_text(context, ids, mask)
+            legal = legal_tokens[int(number > 0)]
+            log_probs = token_log_probs(logits[:, :-1], legal, temperature)
+            # What the model chose never stands first in a piece: the prompt or the env's words do.
+            who, where = (mask[:, 1:] & (at[:, 1:] >= length)).nonzero(as_tuple=True)
+            slot = at[who, where + 1] - length[who, 0]
+            log_prob = log_prob.index_put((who, slot), log_probs[who, where, ids[who, where + 1]])
+            entropy[who, slot] = _entropy(log_probs, legal)[who, where]
+        read = stop
+        if number >= 0 and look:  # now: without gradient the context grows in place
+            velocities.append(window_velocities(model, context if through_context else context.detach(), episodes, guidance, number))
+        looks = place >= 0
+        if looks.any():
+            context = model.read_image(context, images[rows, sources + number], mask=looks)
+            read = read + looks
+    return Replay(log_prob, entropy, torch.cat(velocities, 1) if look else None)
+
+
+def _rounds(episodes: TensorDictBase) -> int:
+    """R: there is one latent more than there are means in each picture's window."""
+    return episodes["window_latents"].shape[1] - episodes["window_means"].shape[1]
+
+
+def window_ends(episodes: TensorDictBase, name: str) -> tuple[Tensor, Tensor]:
+    """`window_latents` or `window_times` before and after each recorded step, `[N, R W, ...]`."""
+    values, rounds = episodes[name], _rounds(episodes)
+    if rounds == 1:
+        return values[:, :-1], values[:, 1:]
+    by_picture = values.unflatten(1, (rounds, -1))
+    return by_picture[:, :, :-1].flatten(1, 2), by_picture[:, :, 1:].flatten(1, 2)
+
+
+def steps_taken(episodes: TensorDictBase) -> Tensor:
+    """`[N, R W]` bool: which of the recorded steps there were."""
+    rounds = _rounds(episodes)
+    drawn = torch.arange(rounds, device=episodes["images_drawn"].device) < episodes["images_drawn"][:, None]
+    return drawn.repeat_interleave(episodes["window_means"].shape[1] // rounds, 1)
+
+
+def window_velocities(
+    model: UnifiedModel[Any], context: Context, episodes: TensorDictBase, guidance: Guidance | None = None, picture: int = 0
+) -> Tensor:
+    """Velocities `[N, W, L, C]` at the recorded steps of a picture, `context` being that at which it opened."""
+    rounds = _rounds(episodes)
+    x, t = (window_ends(episodes, name)[0].chunk(rounds, 1)[picture] for name in ("window_latents", "window_times"))
+    return guided_velocity(model, context.repeat(t.shape[1]), x.flatten(0, 1), t.flatten(), guidance).unflatten(0, t.shape)
 
 
 def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float, kernel: str = "flow_sde") -> tuple[Tensor, Tensor]:
-    """Means `[N, W, L, C]` and stds `[N, W]` of the stochastic steps under a velocity."""
-    times, shape = episodes["window_times"], velocity.shape[:2]
-    step = KERNELS[kernel](
-        episodes["window_latents"][:, :-1].flatten(0, 1),
-        velocity.flatten(0, 1),
-        times[:, :-1].flatten(),
-        times[:, 1:].flatten(),
-        noise_level,
-    )
+    """Means `[N, R W, L, C]` and stds `[N, R W]` of the stochastic steps under a velocity."""
+    (latents, _), (t, next_t), shape = window_ends(episodes, "window_latents"), window_ends(episodes, "window_times"), velocity.shape[:2]
+    step = KERNELS[kernel](latents.flatten(0, 1), velocity.flatten(0, 1), t.flatten(), next_t.flatten(), noise_level)
     return step.mean.unflatten(0, shape), step.std.unflatten(0, shape)
 
 
@@ -151,7 +222,7 @@ class UniGRPOLoss(LossModule):
     Args:
         model: the policy.
         reference: the frozen model of the penalties; None for none.
-        legal_tokens: `[V]` bool.
+        legal_tokens: `[V]` bool, or `[2, V]`: before the first picture, and after one.
         settings: weights, clip ranges and choices; see `agents.config.AlgorithmSettings`.
         guidance: of the rollout; None for none, as in the paper.
         score: the differentiable reward, for ReFL alone.
@@ -159,7 +230,7 @@ class UniGRPOLoss(LossModule):
 
     in_keys = (
         "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob", "latent", "group",
-        "window_latents", "window_means", "window_times", "has_image", "advantage", "weight", "text_share",
+        "window_latents", "window_means", "window_times", "images_drawn", "advantage", "weight", "text_share",
     )  # fmt: skip
     out_keys = (
         "loss_text", "loss_image", "loss_velocity", "loss_kl",
@@ -184,7 +255,7 @@ class UniGRPOLoss(LossModule):
             raise ValueError("expected a differentiable reward for the image objective 'refl', got none; give `score`")
         self.model = model
         self.__dict__["reference"] = reference  # not a part of this module: it must not be trained, moved or saved with it
-        self.register_buffer("legal_tokens", legal_tokens)
+        self.register_buffer("legal_tokens", legal_tokens.expand(2, -1) if legal_tokens.ndim == 1 else legal_tokens)
         self.guidance, self.score = guidance, score
         self.log_ratio = {"norm": ratio_norm, "plain": plain_log_ratio}[settings.ratio]
 
@@ -209,28 +280,31 @@ class UniGRPOLoss(LossModule):
         """
         settings, now = self.settings, self.replay(self.model, tensordict)
         advantage, chosen = tensordict["advantage"], tensordict["chosen_mask"]
-        has_image, weight, share = tensordict["has_image"], tensordict["weight"], tensordict["text_share"]
+        weight, share = tensordict["weight"], tensordict["text_share"]
+        taken = steps_taken(tensordict)
+        # Where every episode has at most one picture the mean over its steps needs no mask.
+        some = taken if _rounds(tensordict) > 1 else None
+        has_image = taken[:, 0]
         clips = settings.text_clip, settings.text_clip_high
         text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, *clips)
-        log_ratio = torch.zeros_like(tensordict["window_times"][:, 1:])
+        log_ratio = torch.zeros_like(taken, dtype=torch.float32)
         image = penalty = kl = torch.zeros_like(text)
         if now.velocity is not None and settings.image_weight:
             if settings.image_objective == "refl":
                 image = self._refl(tensordict, now.velocity)
             else:
-                log_ratio = torch.where(has_image[:, None], self._image_log_ratio(tensordict, now.velocity), 0)
-                image = image_loss(log_ratio, advantage, settings.image_clip)
+                log_ratio = torch.where(taken, self._image_log_ratio(tensordict, now.velocity), 0)
+                image = image_loss(log_ratio, advantage, settings.image_clip, some)
         if settings.needs_reference:
             with torch.no_grad():
                 anchor = self.replay(cast(UnifiedModel[Any], self.reference), tensordict)
             kl = settings.text_kl_weight * text_kl(now.log_prob, anchor.log_prob, chosen) * (share / weight.clamp(min=1e-12))
             if now.velocity is not None and anchor.velocity is not None:
-                penalty = torch.where(has_image, velocity_mse(now.velocity, anchor.velocity), 0)
+                penalty = torch.where(has_image, velocity_mse(now.velocity, anchor.velocity, some), 0)
             if now.velocity is not None and anchor.velocity is not None and settings.latent_kl_weight:
                 (mean, std), (anchored, _) = (self._means(tensordict, velocity) for velocity in (now.velocity, anchor.velocity))
-                kl = kl + settings.latent_kl_weight * torch.where(has_image, latent_kl(mean, anchored, std), 0)
+                kl = kl + settings.latent_kl_weight * torch.where(has_image, latent_kl(mean, anchored, std, some), 0)
         text_log_ratio = torch.where(chosen, now.log_prob - tensordict["log_prob"], 0).detach()
-        everywhere = torch.ones_like(log_ratio, dtype=torch.bool)
         image_log_ratio = log_ratio.detach()
         return TensorDict(
             {
@@ -240,7 +314,7 @@ class UniGRPOLoss(LossModule):
                 "loss_kl": (weight * kl).sum(),
                 "entropy": (weight * (now.entropy * chosen).sum(1) / chosen.sum(1).clamp(min=1)).sum(),
                 "text_clip_fraction": (weight * clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips)).sum(),
-                "image_clip_fraction": (weight * clip_fraction(image_log_ratio, advantage[:, None], everywhere, settings.image_clip)).sum(),
+                "image_clip_fraction": (weight * clip_fraction(image_log_ratio, advantage[:, None], taken, settings.image_clip)).sum(),
                 "text_log_ratio": text_log_ratio.abs().max(),
                 "image_log_ratio": image_log_ratio.abs().max(),
             }
@@ -254,10 +328,10 @@ class UniGRPOLoss(LossModule):
         if self.settings.image_objective == "fpo":
             return episodes["flow_loss"] - window_flow_loss(episodes, velocity)
         mean, std = self._means(episodes, velocity)
-        return self.log_ratio(episodes["window_latents"][:, 1:], mean, episodes["window_means"], std)
+        return self.log_ratio(window_ends(episodes, "window_latents")[1], mean, episodes["window_means"], std)
 
     def _refl(self, episodes: TensorDictBase, velocity: Tensor) -> Tensor:
         """`[N]`: x_0 as seen from the recorded step, scored."""
         assert self.score is not None
         seen = episodes["window_latents"][:, 0] - episodes["window_times"][:, :1, None] * velocity[:, 0]
-        return torch.where(episodes["has_image"], refl_loss(self.score(seen, episodes["group"])), 0)
+        return torch.where(episodes["images_drawn"] > 0, refl_loss(self.score(seen, episodes["group"])), 0)

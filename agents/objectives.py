@@ -127,33 +127,43 @@ def ratio_norm(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> T
     return -((old_mean - mean) * (sample - old_mean)).mean((-2, -1)) / std
 
 
-def image_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+def _mean_over_steps(values: Tensor, taken: Tensor | None) -> Tensor:
+    """`[N, W]` to `[N]`: the mean, or that of the steps `taken` (`[N, W]` bool); 0 where none was."""
+    if taken is None:
+        return values.mean(1)
+    return torch.where(taken, values, 0).sum(1) / taken.sum(1).clamp(min=1)
+
+
+def image_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float, taken: Tensor | None = None) -> Tensor:
     """Equation (6) without its KL term, negated: the clipped surrogate averaged over an episode's stochastic steps.
 
     Args:
         log_ratio: `[N, W]`, from `ratio_norm` or `plain_log_ratio`.
         advantage: `[N]`.
         clip_range: eps.
+        taken: `[N, W]` bool, the steps that an episode took, if not all.
 
     Returns:
         `[N]`.
     """
-    return -clipped_surrogate(log_ratio, advantage[:, None], clip_range).mean(1)
+    return -_mean_over_steps(clipped_surrogate(log_ratio, advantage[:, None], clip_range), taken)
 
 
-def velocity_mse(velocity: Tensor, reference: Tensor) -> Tensor:
+def velocity_mse(velocity: Tensor, reference: Tensor, taken: Tensor | None = None) -> Tensor:
     """Equation (8): ||v - v_ref||^2, by the mean over latent dimensions and over an episode's stochastic steps.
 
     Args:
         velocity, reference: `[N, W, L, C]`, of the policy and of the frozen model that training started from.
+        taken: as for `image_loss`.
 
     Returns:
         `[N]`.
     """
-    return ((velocity - reference) ** 2).mean((1, 2, 3))
+    squares = (velocity - reference) ** 2
+    return squares.mean((1, 2, 3)) if taken is None else _mean_over_steps(squares.mean((2, 3)), taken)
 
 
-def latent_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
+def latent_kl(mean: Tensor, reference_mean: Tensor, std: Tensor, taken: Tensor | None = None) -> Tensor:
     """KL between two Gaussian steps of one std, exact: ||mean - mean_ref||^2 / (2 std^2), by the mean over latent dimensions and stochastic steps.
 
     Where the std is high this is blind: it is (8) weighted by about 1 / sigma^2.
@@ -161,11 +171,12 @@ def latent_kl(mean: Tensor, reference_mean: Tensor, std: Tensor) -> Tensor:
     Args:
         mean, reference_mean: `[N, W, L, C]`.
         std: `[N, W]`, positive.
+        taken: as for `image_loss`.
 
     Returns:
         `[N]`.
     """
-    return (((mean - reference_mean) ** 2).mean((2, 3)) / (2 * std**2)).mean(1)
+    return _mean_over_steps(((mean - reference_mean) ** 2).mean((2, 3)) / (2 * std**2), taken)
 
 
 def flow_matching_loss(velocity: Tensor, noisy: Tensor, latent: Tensor, t: Tensor) -> Tensor:

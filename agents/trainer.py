@@ -114,7 +114,13 @@ class Trainer:
             guidance=guidance,
         )
         self.collector = Collector(self.env, actor, trainer.group_size, shared_noise=algorithm.shared_noise)
-        legal = self.variant.rules.legal_tokens().to(config.model.device)
+        rules = self.variant.rules
+        if rules.stored_images and (algorithm.method == "sft" or (algorithm.image_weight and algorithm.image_objective != "flow_grpo")):
+            raise ValueError(
+                f"expected a variant of one picture and no sources for {algorithm.method!r} with {algorithm.image_objective!r}, got {config.env.variant!r}; "
+                "those learn by rl with flow_grpo"
+            )
+        legal = torch.stack([rules.legal_tokens(), rules.legal_tokens(after_image=True)]).to(config.model.device)
         self.loss = UniGRPOLoss(self.model, self.reference, legal, algorithm, guidance=guidance, score=self._score)
         self.prompts: list[Prompt] = []
         self.experts = self.model.parameter_lists()

@@ -103,7 +103,7 @@ def test_episodes_without_an_image_teach_the_words_alone(small_bagel):
     env = InterleavedGenVectorEnv(variant, 16, copy=False)
     collector = Collector(env, Actor(small_bagel, window=WINDOW), 8)
     batch = with_advantage(collector.collect(PROMPTS, 3))
-    left = ~batch["has_image"]
+    left = batch["images_drawn"] == 0
     assert left.any()
     assert not left.all()
     assert (batch["reward"][left] == 0).all()
@@ -183,7 +183,7 @@ def test_prompts_are_read_once_a_group(small_bagel, monkeypatch):
     monkeypatch.setattr(
         type(small_bagel), "read_text", lambda self, context, ids, *a, **k: rows.append(len(ids)) or original(self, context, ids, *a, **k)
     )
-    replay(small_bagel, batch, make_variant("text_to_image").rules.legal_tokens())
+    replay(small_bagel, batch, make_variant("text_to_image").rules.legal_tokens().expand(2, -1))
     assert rows == [2, 6]
 
 

@@ -1,14 +1,20 @@
-"""The actor over several pictures: it reads each once, and a fresh one in mid-episode thinks the same."""
+"""Several pictures: the actor reads each once, a fresh one in mid-episode thinks the same, and training sees what the rollout saw."""
 
 import dataclasses
 
 import pytest
 import torch
+from rich.console import Console
 
 from agents.actor import Actor
 from agents.collector import Collector
+from agents.config import AlgorithmSettings, load_config
 from agents.evaluation import evaluate
 from agents.flow import Window
+from agents.loss import UniGRPOLoss
+from agents.objectives import group_advantage
+from agents.run import run
+from agents.trainer import Trainer
 from unigrpo_env.mdp import Phase
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
@@ -99,10 +105,118 @@ def test_every_variant_can_be_evaluated_and_batches_change_nothing(small_bagel, 
     assert torch.equal(whole.reward, parts.reward)
 
 
-def test_learning_over_rounds_says_that_it_is_not_there(small_bagel):
-    env = InterleavedGenVectorEnv(short("story"), 4)
-    with pytest.raises(ValueError, match="not yet trained on"):
-        Collector(env, Actor(small_bagel, window=Window(1, 0, 2)), 2)
+WINDOW = Window(2, 0, 3)
+
+
+def collect(model, name, *, reward=lambda episodes: episodes.images.mean((1, 2, 3)) * 100 % 1):
+    variant = make_variant(name, text_budget=5, image_steps=4, reward=reward)
+    env = InterleavedGenVectorEnv(variant, 8, copy=False)
+    episodes = Collector(env, Actor(model, window=WINDOW), 4).collect(variant.task.prompts("train", 2, 0), 3)
+    return variant, episodes.flatten(0, 1)
+
+
+def ready(episodes, variant, model, **settings):
+    episodes["advantage"] = group_advantage(episodes["reward"], episodes["group"])
+    episodes["weight"] = episodes["text_share"] = torch.full((len(episodes),), 1 / len(episodes))
+    legal = torch.stack([variant.rules.legal_tokens(), variant.rules.legal_tokens(after_image=True)])
+    return UniGRPOLoss(model, model, legal, AlgorithmSettings(**settings))
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_trajectories_of_rounds(small_bagel, name):
+    variant, episodes = collect(small_bagel, name)
+    rules, drawn = variant.rules, episodes["images_drawn"]
+    assert episodes["window_latents"].shape == (8, rules.image_budget * 3, 36, 48)
+    assert (drawn >= 1).all()
+    times = episodes["window_times"].unflatten(1, (rules.image_budget, 3))
+    assert (times.diff(dim=-1) < 0).all()
+    for row in range(8):
+        latents = episodes["window_latents"][row].unflatten(0, (rules.image_budget, 3))
+        assert latents[: drawn[row]].abs().sum((1, 2, 3)).gt(0).all()
+        assert not latents[drawn[row] :].any()
+        chosen, said = episodes["chosen_mask"][row], episodes["tokens"][row]
+        assert chosen.sum() <= rules.image_budget * rules.text_budget
+        assert not (said[chosen] == rules.image_id).any()
+        places = [p for p in (episodes["image_places"][row] - episodes["prompt_length"][row]).tolist() if p >= 0]
+        assert (said[places] == rules.image_id).all(), "a picture that was read stands in the stream"
+        for place in places:
+            assert not chosen[place : place + 2].any(), "what the env says is nobody's choice"
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_nothing_is_clipped_before_the_first_update(small_bagel, name):
+    """One teacher-forced walk over all rounds gives what the rollout saw, for words and pictures of every round."""
+    variant, episodes = collect(small_bagel, name)
+    loss = ready(episodes, variant, small_bagel, text_clip=1e-2, image_clip=1e-5)
+    out = loss(episodes)
+    assert out["text_clip_fraction"] == 0
+    assert out["image_clip_fraction"] == 0
+    assert out["text_log_ratio"] < 1e-3
+    assert out["image_log_ratio"] < 1e-6
+    assert out["loss_velocity"] == 0
+    changed = episodes.clone()
+    changed["images"] = changed["images"] + 0.5
+    if (changed["image_places"] >= 0).any():
+        assert loss(changed)["text_log_ratio"] > 1e-3 or loss(changed)["image_log_ratio"] > 1e-6, "the pictures that were read matter"
+
+
+def gradient(model, parts, loss):
+    model.zero_grad()
+    for part in parts:
+        out = loss(part)
+        (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ["reflect", "dialogue", "edit"])
+def test_splits_and_order_change_nothing(small_bagel, name):
+    """Ragged rounds side by side, alone, or turned round: one gradient."""
+    variant, episodes = collect(small_bagel, name)
+    if name == "reflect":  # let what row 0 says first after its first picture end the episode: some rows stop early
+        after = episodes["image_places"][0, 0] - episodes["prompt_length"][0] + 2
+        end = int(episodes["tokens"][0, after])
+        variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=end))
+        env = InterleavedGenVectorEnv(variant, 8, copy=False)
+        episodes = Collector(env, Actor(small_bagel, window=WINDOW), 4).collect(variant.task.prompts("train", 2, 0), 3).flatten(0, 1)
+        assert len(episodes["images_drawn"].unique()) > 1
+    loss = ready(episodes, variant, small_bagel, velocity_weight=0.0)
+    whole = gradient(small_bagel, [episodes], loss)
+    assert whole.isfinite().all()
+    assert whole.abs().sum() > 0
+    for parts in (episodes.split(2), [episodes[torch.arange(7, -1, -1)]], list(episodes.split([1, 7]))):
+        torch.testing.assert_close(gradient(small_bagel, parts, loss), whole, atol=3e-6, rtol=1e-3)
+
+
+def test_a_run_over_rounds_stops_and_goes_on(small_bagel, tmp_path):
+    small_bagel.save_pretrained(tmp_path / "start")
+    settings = [
+        "env.variant=reflect", "env.text_budget=4", "env.image_steps=6", "trainer.groups=2", "trainer.group_size=4", "evaluation.prompts=4",
+        "env.reward=extra_pictures", "output.tensorboard=false", "output.samples_every=0", "evaluation.every=0", "output.checkpoint_every=1",
+    ]  # fmt: skip
+
+    def trainer(folder, iterations):
+        model = type(small_bagel).from_pretrained(tmp_path / "start")
+        return Trainer(load_config("unigrpo", [*settings, f"trainer.iterations={iterations}", f"output.folder={tmp_path / folder}"]), model)
+
+    whole = trainer("whole", 2)
+    run(whole, Console(quiet=True))
+    run(trainer("stopped", 1), Console(quiet=True))
+
+    def longer(config):
+        config.trainer.iterations = 2
+        return config
+
+    again = Trainer.resume(tmp_path / "stopped", longer)
+    again.train()
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+    assert any(not torch.equal(value, small_bagel.state_dict()[name]) for name, value in expected.items())
+
+
+def test_other_objectives_say_that_they_take_one_picture(small_bagel, tmp_path):
+    for config in ("fpo", "sft"):
+        with pytest.raises(ValueError, match="one picture and no sources"):
+            Trainer(load_config(config, ["env.variant=story", f"output.folder={tmp_path}"]), small_bagel)
 
 
 def test_one_picture_needs_no_reading(small_bagel):
