@@ -83,7 +83,12 @@ class Actor:
         model: the four verbs.
         temperature: of the tokens; 0 takes the likeliest.
         window: where image steps are stochastic; None for the ODE throughout.
-        noise_level: a of equation (3), inside the window.
+        noise_level: a of the kernel, inside the window.
+        kernel: one of `agents.flow.KERNELS`, or "ode" for no noise even inside the window.
+        guidance: classifier-free guidance; None for none.
+
+    Raises:
+        ValueError: a negative temperature, or an unknown kernel.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class Actor:
     ) -> None:
         if temperature < 0:
             raise ValueError(f"expected temperature >= 0, got {temperature}")
+        if kernel not in (*KERNELS, "ode"):
+            raise ValueError(f"expected kernel to be one of {', '.join(KERNELS)} or ode, got {kernel!r}")
         self.model, self.temperature, self.window, self.noise_level = model, temperature, window, noise_level
         self.kernel, self.guidance = None if kernel == "ode" else KERNELS[kernel], guidance
         self.window_start: Tensor | None = None

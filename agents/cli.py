@@ -67,6 +67,12 @@ def _parser() -> Parser:
     sample.add_argument("prompt", help="what to draw, such as 'two red circles'")
     sample.add_argument("--model", default="tiny", help="known model or folder of a saved one [tiny]")
     sample.add_argument("--variant", default="text_to_image", help="registered variant [text_to_image]")
+    sample.add_argument(
+        "--source", action="append", default=[], metavar="PICTURE", help="picture that the model reads first, in variants that take some"
+    )
+    sample.add_argument(
+        "--turn", action="append", default=[], metavar="TEXT", help="what the user says after a picture, in variants where they speak"
+    )
     sample.add_argument("--steps", type=int, help="denoising steps; the variant's own if left out")
     sample.add_argument("--temperature", type=float, default=1.0, help="of the words; 0 for greedy [1.0]")
     sample.add_argument("--seed", type=int, default=0, help="of words and picture [0]")
@@ -83,7 +89,7 @@ def _parser() -> Parser:
             pretrain.add_argument(flag, type=type(entry.default), default=entry.default, help=f"{entry.metadata['help']} [{entry.default}]")
     pretrain.add_argument("--model", help="go on from this model instead of from nothing")
     pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
-    tables = command("tables", "The paper's comparisons on the shipped model: every row, both ablations, one page.")
+    tables = command("tables", "The paper's comparisons on the shipped model, on one page: methods, penalties, guidance.")
     tables.add_argument("--out", default="outputs/tables", help="folder of runs and page; what is done there is kept [outputs/tables]")
     tables.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
     tables.add_argument("--extras", action="store_true", help="also the studies of kernels, windows and text, which the paper has not")
@@ -150,7 +156,7 @@ def _sample(args: argparse.Namespace, console: Console) -> None:
     from agents.models import load_model
     from agents.report import contact_sheet
     from agents.trainer import import_modules
-    from unigrpo_env.rendering import enlarge
+    from unigrpo_env.rendering import enlarge, read_picture
     from unigrpo_env.tasks import Prompt
     from unigrpo_env.variants import make_variant
 
@@ -166,9 +172,8 @@ def _sample(args: argparse.Namespace, console: Console) -> None:
     if words:
         console.print(f"[yellow]words that the model has never seen: {', '.join(words)}[/yellow]")
     model = cast(Any, load_model(args.model))
-    found = evaluate(
-        model, variant, [Prompt(args.prompt)] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed
-    )
+    prompt = Prompt(args.prompt, sources=tuple(read_picture(path) for path in args.source), turns=tuple(args.turn))
+    found = evaluate(model, variant, [prompt] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed)
     for text in found.texts:
         console.print(text or "(no thought)", highlight=False)
     out = Path(args.out)

@@ -50,23 +50,23 @@ class Collector:
     """Collects groups of episodes.
 
     A trajectory TensorDict has batch size `[groups, group_size]`; R = image_budget pictures an episode at most, K tokens after the prompt at most (text_budget + 1 where R = 1),
-    W = window size, L x C the latent, M pictures that may be read:
+    W = window size, L x C the latent, P = prompt_budget, M pictures that may be read:
 
     | key | shape, dtype | meaning |
     |---|---|---|
     | `prompt_tokens`, `prompt_length` | `[P]` int64, int64 | what the model was given, padded with 0 |
-    | `tokens` | `[K]` int64 | what was said after it, the opening token included |
+    | `tokens` | `[K]` int64 | the stream after it: thoughts with their opening tokens and, between pictures, what the env said |
     | `text_mask` | `[K]` bool | which of `tokens` count |
-    | `chosen_mask` | `[K]` bool | which of them the policy chose; a forced one is not |
+    | `chosen_mask` | `[K]` bool | which of them the policy chose; forced ones and the env's words are not |
     | `log_prob` | `[K]` float32 | of the chosen tokens, by the policy that wrote them; 0 elsewhere |
     | `window_latents` | `[R (W + 1), L, C]` float32 | x before each stochastic step, and after the last, picture by picture |
     | `window_means` | `[R W, L, C]` float32 | mean of each step's Gaussian, by the policy that drew |
-    | `window_times` | `[R (W + 1)]` float32 | flow times of `window_latents`, falling |
+    | `window_times` | `[R (W + 1)]` float32 | flow times of `window_latents`, falling within each picture |
     | `images_drawn` | int64 | pictures of the episode; the entries of further ones hold nothing |
     | `latent` | `[L, C]` float32 | the last finished picture |
     | `images`, `image_places` | `[M, L, C]` float32, `[M]` int64 | where M > 0: clean latents that were read, and where in prompt and tokens; -1: none |
     | `reward` | float32 | NaN where the episode could not be scored |
-    | `group`, `seed` | int64 | group's id; what the episode's noise was drawn from |
+    | `group`, `seed` | int64 | group's id; what the actor's noise was drawn from, and x_1 unless `shared_noise` |
     | `components` | TensorDict | named parts of the reward, float32 |
 
     Rows are written once into their final place.
@@ -78,7 +78,7 @@ class Collector:
         shared_noise: start the images of a group from the same x_1.
 
     Raises:
-        ValueError: a group size that does not divide the env's rows, a group of one, or an actor without a window.
+        ValueError: a group size that does not divide the env's rows, a group of one, an actor without a window, or a window that could touch the last image step.
     """
 
     def __init__(self, env: InterleavedGenVectorEnv, actor: Actor, group_size: int, *, shared_noise: bool = False) -> None:

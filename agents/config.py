@@ -144,7 +144,7 @@ class EvaluationSettings:
 
     prompts: int = setting(256, "held-out prompts")
     seed: int = setting(1_000_000, "of the choice of prompts and of the episodes' noise")
-    reward: str = setting("", "what counts as accuracy; empty: the variant's own reward")
+    reward: str = setting("", "what counts as accuracy; empty: the reward that is trained on (env.reward, or the variant's own)")
     image_steps: int | None = setting(None, "denoising steps; empty: as in training")
     every: int = setting(25, "iterations between evaluations in the run; 0: before and after only")
 

@@ -28,7 +28,7 @@ class Guidance:
 
     Attributes:
         text_scale: 1 or less: no guidance at all.
-        image_scale: counts where a velocity without images is given; 1 or less: images do not guide.
+        image_scale: counts where `combine` is given a velocity without images (`guided_velocity` gives none); 1 or less: images do not guide.
         low, high: guidance acts at low < t <= high.
         renorm: one of `RENORMS`; u is scaled by |v| / |u|, but by no less than `renorm_min` and no more than 1.
         renorm_min: see there; 1 turns renormalisation off.
@@ -73,7 +73,10 @@ class Guidance:
 
 
 def guided_velocity(model: UnifiedModel[Any], context: Any, x: Tensor, t: Tensor, guidance: Guidance | None) -> Tensor:
-    """`model.velocity`, guided away from what the model would paint if it had read nothing; a second forward only where guidance acts."""
+    """`model.velocity` `[N, L, C]` float32 at x `[N, L, C]`, t `[N]`, guided away from what the model would paint if it had read nothing, neither words nor sources.
+
+    A second forward only where guidance acts.
+    """
     velocity = model.velocity(context, x, t)
     if guidance is None or not guidance.acts(t).any():
         return velocity

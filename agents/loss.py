@@ -211,11 +211,11 @@ Score = Callable[[Tensor, Tensor], Tensor]
 class UniGRPOLoss(LossModule):
     """Equation (7): text loss + image_weight * image loss + penalties, and the losses of the methods it is compared with.
 
-    Reads the keys of `Collector`'s layout and three more, `[N]` each: `advantage`; `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
+    Reads the keys of `Collector`'s layout, flattened to N episodes (`episodes.flatten(0, 1)`), where pictures are read also `images` and `image_places`, and three more, `[N]` each: `advantage`; `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
     a score); `text_share`, the same for the text terms (equal to `weight`, or an episode's share of all chosen tokens). The losses are sums under these weights, so an update does
     not depend on how it is split into micro-batches.
 
-    FPO reads `forward_points` in the window's place, and `flow_loss` `[N, W]`, `window_flow_loss` there before the first update.
+    FPO and ReFL are for episodes of one picture. FPO reads `forward_points` in the window's place, and `flow_loss` `[N, W]`, `window_flow_loss` there before the first update.
 
     Of TorchRL's own GRPO parts this uses the frame alone: its `GRPOLoss` knows token log-probs of one sequence model, and has no room for latents.
 
@@ -226,6 +226,9 @@ class UniGRPOLoss(LossModule):
         settings: weights, clip ranges and choices; see `agents.config.AlgorithmSettings`.
         guidance: of the rollout; None for none, as in the paper.
         score: the differentiable reward, for ReFL alone.
+
+    Raises:
+        ValueError: penalties without a reference, or refl without `score`.
     """
 
     in_keys = (

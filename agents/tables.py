@@ -45,10 +45,10 @@ class Row:
         key: name of its folders.
         title: as the page shows it.
         config: one of `agents/configs`; empty for the shipped model as it is.
-        paper: TA and GenEval in the paper's table 1, where it has them.
+        paper: TA and GenEval in the paper's table 1, or a word in their place; None where it has none.
         overrides: settings beside the config.
         seeds: how many runs.
-        start: (row, iteration): begin with that row's weights of the same seed.
+        start: (row, iteration of 120, scaled to the plan): begin with that row's weights of the same seed; 0: what a row of `lessons` left.
         lessons: supervised updates by the recipe of the shipped weights, without thoughts, in place of a config.
         study: which part of the page it belongs to: table, guidance, penalty, kernels or text.
     """

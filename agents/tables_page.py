@@ -73,8 +73,8 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
         "Rows without thinking start from weights that were taught to draw without a thought, in "
         f"{next(row.lessons for row in ROWS if row.lessons) * plan.iterations // 120} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
-        "The learning rates, batch and clip ranges are those of the config; no row was swept. One picture an episode, ten denoising steps. "
-        "± is half the range over seeds; the standard error of one accuracy is about 0.03.",
+        "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row was swept. One picture an episode, ten denoising steps. "
+        f"± is half the range over seeds; the standard error of one accuracy is at most {0.5 / plan.prompts**0.5:.2f}.",
         "## Methods",
         "Beside the paper's figures (TA and GenEval, on BAGEL at 1024 x 1024): what carries over is the order, not the numbers.",
         table(

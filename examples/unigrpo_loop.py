@@ -29,7 +29,7 @@ TEXT_CLIP, IMAGE_CLIP, MSE_WEIGHT = 0.2, 1e-4, 1e-3
 N = B * G
 torch.manual_seed(0)
 
-# The four verbs: start, read_text, velocity, and parameter_lists to tell the two experts apart.
+# The verbs of a model: start, read_text, velocity, and parameter_lists to tell the two experts apart.
 model = load_model("tiny")
 reference = copy.deepcopy(model).requires_grad_(False)  # v_ref of equation (8)
 experts = model.parameter_lists()

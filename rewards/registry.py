@@ -86,7 +86,8 @@ class EpisodeBatch:
         texts: what the model wrote.
         images: the last picture of each, `[N, 3, height, width]` float32 in [0, 1].
         metadata: what the task knows of each prompt and the model was not told.
-        pictures: all that each episode drew, in order, `[drawn, 3, height, width]`; empty in variants of one picture.
+        pictures: all that each episode drew, in order, `[drawn, 3, height, width]` float32; where no pictures are read (one picture, no sources) this and the
+            next two are empty lists, not N entries.
         rounds: the words before each of them, and after the last; likewise.
         sources: pictures that came with each prompt, `[sources, 3, height, width]`; likewise.
     """

@@ -44,13 +44,14 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     | `tokens` | `(max_tokens,)` int64 | prompt and everything said so far, padded |
     | `num_tokens`, `prompt_length` | int | how many of them count, how many are the prompt |
     | `legal_tokens` | `(vocab_size,)` int8 | 1 where a token may be sampled; all 0 outside the text phase |
-    | `latent` | `(L, C)` float32 | x_t of the image being drawn, 0 before |
-    | `step` | int | denoising steps taken |
+    | `latent` | `(L, C)` float32 | x_t of the image being drawn; after it the last one drawn; 0 before the first |
+    | `step` | int | denoising steps taken of that image |
     | `t`, `next_t` | `()` float32 in [0, 1] | flow time now and after the next step; 1 is noise, 0 the image |
-    | `images` | `(M, L, C)` float32 | where images are read: sources, then what was drawn, as clean latents |
-    | `image_places` | `(M,)` int64 | where in `tokens` each of them stands; -1: not there yet |
+    | `images` | `(M, L, C)` float32 | only where M = sources + image_budget - 1 > 0: images to be read, sources first, as clean latents |
+    | `image_places` | `(M,)` int64 | where in `tokens` each of them stands; -1: not there yet; only where M > 0 |
 
-    A token that is not legal is appended without further effect. The observation is a copy.
+    A token that is not legal is appended without further effect. The observation is a copy. Info: `prompt`, `metadata`; in the step that ends the episode
+    also `text`, `components` (name to float) and `unscored`.
 
     ## Rewards
     0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN, with `info["unscored"]`, where it could
@@ -64,7 +65,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
 
     ## Arguments
     `variant`: a registered name or a `Variant`. `reward`: a registered name, a callable or weights by name; the variant's own if left out.
-    `render_mode`: `"rgb_array"` or None. Further arguments go to the variant's maker: `text_budget`, `image_steps`, `time_shift`, `task`, ...
+    `render_mode`: `"rgb_array"` or None. Further arguments go to the variant's maker: `text_budget`, `image_steps`, `time_shift`, for most `task`, ...
 
     ## Version History
     v0: first release.
@@ -86,7 +87,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
         """Begin an episode; see Starting State.
 
         Raises:
-            ValueError: an unknown option, or a prompt longer than the budget.
+            ValueError: an unknown option, a prompt or turn over its budget, or sources or turns that the variant does not take.
         """
         super().reset(seed=seed)
         options = check_options(options, {"prompt"})

@@ -234,7 +234,9 @@ class Episodes:
         return [decode(tokens[begin:end], skip_special_tokens=True) for begin, end in zip(begins, ends, strict=True)]
 
     def texts(self, rows: Sequence[int]) -> list[str]:
-        """What the model has written so far, by row."""
+        """What the model has written so far, by row; a user's words are not among it."""
+        if self.rules.stored_images:
+            return [" ".join(filter(None, self.rounds(row))) for row in rows]
         state, decode = self.state, self.variant.tokenizer.decode
         tokens, begin, end = state.tokens.tolist(), state.prompt_length.tolist(), state.num_tokens.tolist()
         return [decode(tokens[row][begin[row] : end[row]], skip_special_tokens=True) for row in rows]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
 from unigrpo_env.episodes import Episodes
@@ -18,6 +20,21 @@ INK, FAINT, PAPER, ACCENT = (34, 34, 40), (120, 120, 130), (250, 250, 248), (205
 def to_pixels(image: Tensor) -> np.ndarray:
     """A picture `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
     return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A picture file as `[3, height, width]` float32 in [0, 1]; transparency on white.
+
+    Raises:
+        ValueError: no file, or none that is a picture.
+    """
+    try:
+        picture = Image.open(path).convert("RGBA")
+    except (FileNotFoundError, UnidentifiedImageError) as error:
+        raise ValueError(f"expected a picture at {path}: {error}") from error
+    white = Image.new("RGBA", picture.size, "white")
+    pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def enlarge(image: Tensor, side: int) -> Image.Image:

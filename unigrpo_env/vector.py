@@ -18,7 +18,7 @@ from unigrpo_env.variants import make_variant
 
 
 class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Tensor]):
-    """N episodes of one variant, as tensors; spaces and meaning as in `InterleavedGenEnv`, with a leading N.
+    """N episodes of one variant, as tensors; spaces and meaning as in `InterleavedGenEnv`, with a leading N; `legal_tokens` is bool here.
 
     Rows are ragged: thoughts differ in length, so `step` takes an `active` mask, autoreset is off, and `reset` takes a mask of rows.
 
@@ -26,7 +26,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         variant, reward, arguments: as for `InterleavedGenEnv`.
         num_envs: N.
         copy: False gives views of the state as observations, which the next step overwrites: faster, for those who read at once.
-        device: where state and observations live.
+        device: where state, observations and `terminated` live; rewards and their components are on the CPU.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8, "autoreset_mode": AutoresetMode.DISABLED}
@@ -59,7 +59,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             options: `prompts`: one a row, text or `Prompt`; `reset_mask`: `[N]` bool, the rows to begin (all if left out).
 
         Raises:
-            ValueError: an unknown option, lists of the wrong length, or a prompt longer than the budget; no row has changed then.
+            ValueError: an unknown option, lists of the wrong length, a prompt or turn over its budget, or sources or turns that the variant does not take; no row
+                has changed then.
         """
         first = seed if isinstance(seed, int) else None
         super().reset(seed=first)
@@ -93,8 +94,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             active: `[N]` bool; the other rows stay as they are, with reward 0. All rows if left out.
 
         Returns:
-            Observation; reward `[N]` float32, paid in the step that ends a row; terminated `[N]` bool, True from then on; truncated, all False; infos: when rows
-            ended, their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name.
+            Observation; reward `[N]` float32, paid in the step that ends a row; terminated `[N]` bool, True from then on; truncated, all False; infos: `prompts`, and
+            when rows ended their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name, NaN elsewhere.
 
         Raises:
             ResetNeeded: before the first reset.

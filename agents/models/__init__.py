@@ -1,4 +1,4 @@
-"""Models behind the four verbs of `agents.models.seam`."""
+"""Models behind the verbs of `agents.models.seam`."""
 
 from __future__ import annotations
 

@@ -94,6 +94,7 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
 
         Raises:
             NotImplementedError: the model reads no pictures.
+            ValueError: neither latent nor pixels, or pixels for a model that has no eyes.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no pictures; use a model whose class defines read_image")
 
@@ -102,7 +103,7 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         """v(x_t, t) of the image being drawn after `context`, which stays as it is: noise is never remembered.
 
         Args:
-            context: the text so far, its last token having opened the image.
+            context: what was read so far, its last token having opened the image (without a thought: the prompt's own).
             x: `[N, L, C]` float32, the noisy latent.
             t: `[N]` float32 in [0, 1], 1 is noise.
 

@@ -1,4 +1,4 @@
-"""The smallest model behind the four verbs: two tables. Its best weights for the toy task are known, so learning can be checked.
+"""The smallest model behind the verbs of the seam: two tables. Its best weights for the toy task are known, so learning can be checked.
 
 It remembers the last word it read. The next token comes from a table over (word, last token). A picture is Gaussian around the word's row of
 a second table, and for a Gaussian the velocity of the flow is known in closed form.
