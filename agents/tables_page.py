@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -257,19 +258,18 @@ def _draw_hacking(found: Results, rows: Sequence[Row], path: Path) -> None:
 
 def _draw_strips(found: Results, rows: Sequence[Row], path: Path, side: int = 96) -> None:
     """What each method drew for the same prompts and seeds; green frames: every requirement met."""
-    left, gap, head = 190, 12, 40
+    left, gap, head = 190, 12, 48
     prompts = found[rows[0].key][0]["prompts"] if rows else []
     sheet = Image.new("RGB", (left + len(prompts) * (side + gap), head + len(rows) * (side + gap)), PAPER)
     pen, small = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for column, prompt in enumerate(prompts):
-        words = prompt.split()
-        half = -(-len(words) // 2)
-        for line, text in enumerate((" ".join(words[:half]), " ".join(words[half:]))):
-            pen.text((left + column * (side + gap), 6 + 13 * line), text, fill=FAINT, font=small)
+        for line, text in enumerate(textwrap.wrap(prompt, 18)[:3]):
+            pen.text((left + column * (side + gap), 5 + 13 * line), text, fill=FAINT, font=small)
     for number, row in enumerate(rows):
         top, run = head + number * (side + gap), found[row.key][0]
         title = row.title.replace("*", "") if row.study == "table" else f"on the proxy: {row.title}"
-        pen.text((8, top + side // 2 - 6), title, fill=INK, font=ImageFont.load_default(12))
+        for line, text in enumerate(textwrap.wrap(title, 26)):
+            pen.text((8, top + side // 2 - 14 + 15 * line), text, fill=INK, font=ImageFont.load_default(12))
         shown = read_tensors(Path(run["folder"]) / STRIP)
         for column, (image, reward) in enumerate(zip(shown["images"], shown["reward"].tolist(), strict=True)):
             x = left + column * (side + gap)
