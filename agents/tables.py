@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,6 @@ class Job:
     seed: int
     folder: str
     plan: Plan
-    overrides: tuple[str, ...] = field(default=())
 
     @property
     def place(self) -> Path:
