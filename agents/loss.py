@@ -36,8 +36,8 @@ class Replay:
     """What a model says of recorded episodes. Shapes as in `Collector`, with N episodes.
 
     Attributes:
-        log_prob: `[N, K]` float32, of each token.
-        entropy: `[N, K]` float32, of the distribution it was drawn from, in nats; carries no gradient.
+        log_prob: `[N, K]` float32, of each token; zeros if they were not asked for.
+        entropy: `[N, K]` float32, of the distribution it was drawn from, in nats; carries no gradient; likewise.
         velocity: `[N, R W, L, C]` float32, at the stochastic steps; None if it was not asked for.
     """
 
@@ -53,6 +53,7 @@ def replay(
     *,
     temperature: float = 1.0,
     through_context: bool = True,
+    speak: bool = True,
     look: bool = True,
     guidance: Guidance | None = None,
 ) -> Replay:
@@ -64,19 +65,23 @@ def replay(
         legal_tokens: `[2, V]` bool, as in the rollout: before the first picture, and after one.
         temperature: as in the rollout.
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
+        speak: False leaves log-probabilities and entropy out.
         look: False leaves the velocities out, where text alone is learnt.
         guidance: as in the rollout.
     """
     if "images" in episodes.keys():  # noqa: SIM118 (a TensorDict is no dict)
-        return _replay_rounds(model, episodes, legal_tokens, temperature, through_context, look, guidance)
+        return _replay_rounds(model, episodes, legal_tokens, temperature, through_context, speak, look, guidance)
     logits, context = read_episodes(model, episodes)
     tokens, longest = episodes["tokens"], logits.shape[1]
-    legal = legal_tokens[0]
-    log_probs = token_log_probs(logits, legal, temperature)
-    # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
-    log_prob = log_probs.gather(2, tokens[:, :longest, None])[..., 0]
-    unused = (0, tokens.shape[1] - longest)
-    found = Replay(nn.functional.pad(log_prob, unused), nn.functional.pad(_entropy(log_probs, legal), unused), None)
+    nothing = torch.zeros(tokens.shape, device=tokens.device)
+    found = Replay(nothing, nothing, None)
+    if speak:
+        log_probs = token_log_probs(logits, legal_tokens[0], temperature)
+        # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
+        log_prob = log_probs.gather(2, tokens[:, :longest, None])[..., 0]
+        unused = (0, tokens.shape[1] - longest)
+        found.log_prob = nn.functional.pad(log_prob, unused)
+        found.entropy = nn.functional.pad(_entropy(log_probs, legal_tokens[0]), unused)
     if look:
         found.velocity = window_velocities(model, context if through_context else context.detach(), episodes, guidance)
     return found
@@ -104,6 +109,7 @@ def _replay_rounds(
     legal_tokens: Tensor,
     temperature: float,
     through_context: bool,
+    speak: bool,
     look: bool,
     guidance: Guidance | None,
 ) -> Replay:
@@ -129,6 +135,7 @@ def _replay_rounds(
             at = (read[:, None] + inside).clamp(max=stream.shape[1] - 1)
             ids = stream.gather(1, at)
             logits, context = model.read_text(context, ids, mask)
+        if width and speak:
             legal = legal_tokens[int(number > 0)]
             log_probs = token_log_probs(logits[:, :-1], legal, temperature)
             # What the model chose never stands first in a piece: the prompt or the env's words do.
@@ -263,15 +270,18 @@ class UniGRPOLoss(LossModule):
         self.log_ratio = {"norm": ratio_norm, "plain": plain_log_ratio}[settings.ratio]
 
     def replay(self, model: UnifiedModel[Any], episodes: TensorDictBase) -> Replay:
-        """What `model` says of the episodes, as far as the terms need it."""
+        """What the policy, or the reference, says of the episodes, as far as the terms need it."""
         settings = self.settings
+        penalised = bool(settings.velocity_weight or settings.latent_kl_weight)
+        reference = model is self.reference and model is not self.model
         return replay(
             model,
             episodes,
             self.legal_tokens,
             temperature=settings.temperature,
             through_context=settings.through_context,
-            look=bool(settings.image_weight or settings.velocity_weight or settings.latent_kl_weight),
+            speak=not reference or bool(settings.text_kl_weight),
+            look=penalised or (not reference and bool(settings.image_weight)),
             guidance=self.guidance,
         )
 
@@ -291,7 +301,7 @@ class UniGRPOLoss(LossModule):
         clips = settings.text_clip, settings.text_clip_high
         text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, *clips)
         log_ratio = torch.zeros_like(taken, dtype=torch.float32)
-        image = penalty = kl = torch.zeros_like(text)
+        image = penalty = text_pull = image_pull = torch.zeros_like(text)
         if now.velocity is not None and settings.image_weight:
             if settings.image_objective == "refl":
                 image = self._refl(tensordict, now.velocity)
@@ -301,12 +311,13 @@ class UniGRPOLoss(LossModule):
         if settings.needs_reference:
             with torch.no_grad():
                 anchor = self.replay(cast(UnifiedModel[Any], self.reference), tensordict)
-            kl = settings.text_kl_weight * text_kl(now.log_prob, anchor.log_prob, chosen) * (share / weight.clamp(min=1e-12))
+            if settings.text_kl_weight:
+                text_pull = settings.text_kl_weight * text_kl(now.log_prob, anchor.log_prob, chosen)
             if now.velocity is not None and anchor.velocity is not None:
                 penalty = torch.where(has_image, velocity_mse(now.velocity, anchor.velocity, some), 0)
-            if now.velocity is not None and anchor.velocity is not None and settings.latent_kl_weight:
-                (mean, std), (anchored, _) = (self._means(tensordict, velocity) for velocity in (now.velocity, anchor.velocity))
-                kl = kl + settings.latent_kl_weight * torch.where(has_image, latent_kl(mean, anchored, std, some), 0)
+                if settings.latent_kl_weight:
+                    (mean, std), (anchored, _) = (self._means(tensordict, velocity) for velocity in (now.velocity, anchor.velocity))
+                    image_pull = settings.latent_kl_weight * torch.where(has_image, latent_kl(mean, anchored, std, some), 0)
         text_log_ratio = torch.where(chosen, now.log_prob - tensordict["log_prob"], 0).detach()
         image_log_ratio = log_ratio.detach()
         return TensorDict(
@@ -314,7 +325,7 @@ class UniGRPOLoss(LossModule):
                 "loss_text": settings.text_weight * (share * text).sum(),
                 "loss_image": settings.image_weight * (weight * image).sum(),
                 "loss_velocity": settings.velocity_weight * (weight * penalty).sum(),
-                "loss_kl": (weight * kl).sum(),
+                "loss_kl": (share * text_pull).sum() + (weight * image_pull).sum(),
                 "entropy": (weight * (now.entropy * chosen).sum(1) / chosen.sum(1).clamp(min=1)).sum(),
                 "text_clip_fraction": (weight * clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips)).sum(),
                 "image_clip_fraction": (weight * clip_fraction(image_log_ratio, advantage[:, None], taken, settings.image_clip)).sum(),

@@ -68,11 +68,8 @@ def _scored(episodes: EpisodeBatch, key: str, verdict: Callable[[int], Verdict])
 def edit(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """1 if the last picture is the source with the one change that the prompt asks for; `score` is the share of requirements met."""
 
-    def verdict(row: int) -> Verdict:
-        before, after = read(episodes.sources[row][-1:])[0].tolist(), read(episodes.images[row : row + 1])[0].tolist()
-        return judge_edit(before, after, episodes.metadata[row]["edit"])
-
-    return _scored(episodes, "edit", verdict)
+    before, after = (read(pictures).tolist() for pictures in (torch.stack([s[-1] for s in episodes.sources]), episodes.images))
+    return _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
 
 
 def story(episodes: EpisodeBatch) -> dict[str, Tensor]:

@@ -71,6 +71,11 @@ class StepResult:
     components: dict[str, Tensor] = field(default_factory=dict)
 
 
+def different(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts, each object once."""
+    return list({id(prompt): prompt for prompt in prompts}.values())
+
+
 class Episodes:
     """N episodes of one variant.
 
@@ -163,18 +168,16 @@ class Episodes:
 
     def reset(self, rows: Sequence[int], prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         """Begin `rows` anew. All prompts are checked before any row changes."""
-        encoded: dict[str, list[int]] = {}
-        for prompt in prompts:
-            if prompt.text not in encoded:
-                encoded[prompt.text] = self.encode(prompt)
-        sources = [self.encode_sources(prompt) for prompt in prompts]
-        turns = [self.encode_turns(prompt) for prompt in prompts]
+        # Each different prompt once, not once a member of its group.
+        encoded = {
+            id(prompt): (self.encode(prompt), self.encode_sources(prompt), self.encode_turns(prompt)) for prompt in different(prompts)
+        }
         if not rows:
             return
         self.begun = True
         index = torch.tensor(rows, device=self.state.phase.device)
-        given = torch.stack(sources) if self.rules.source_images else None
-        self.state.begin(index, self.rules, [encoded[prompt.text] for prompt in prompts], seeds, given, turns)
+        ids, sources, turns = zip(*(encoded[id(prompt)] for prompt in prompts), strict=True)
+        self.state.begin(index, self.rules, ids, seeds, torch.stack(sources) if self.rules.source_images else None, turns)
         for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row] = prompt
 
@@ -217,11 +220,10 @@ class Episodes:
     def pictures(self, row: int) -> Tensor:
         """What a row has drawn and finished, in order, `[drawn, 3, height, width]`."""
         state, first = self.state, self.rules.source_images
-        drawn = int(state.images_drawn[row])
-        kept = state.images[row, first : first + drawn]
-        latents = kept if len(kept) == drawn else torch.cat([kept, state.latent[row : row + 1]])
-        if len(kept) == drawn and drawn and int(state.image_places[row, first + drawn - 1]) < 0:  # the last one was not put away
-            latents = torch.cat([kept[:-1], state.latent[row : row + 1]])
+        put_away = int((state.image_places[row, first:] >= 0).sum())
+        latents = state.images[row, first : first + put_away]
+        if put_away < int(state.images_drawn[row]):
+            latents = torch.cat([latents, state.latent[row : row + 1]])
         return self.variant.decode(latents)
 
     def rounds(self, row: int) -> list[str]:

@@ -42,14 +42,25 @@ def make_variant(variant: str | Variant, *, reward: Any = None, **arguments: Any
     return variant if reward is None else dataclasses.replace(variant, reward=reward)
 
 
-def shapes_variant(task: Task, *, reward: Any, rounds: bool = False, **rules: Any) -> Variant:
+def shapes_variant(
+    task: Task,
+    *,
+    reward: Any,
+    rounds: bool = False,
+    prompt_budget: int = 16,
+    text_budget: int = 24,
+    image_steps: int = 10,
+    time_shift: float = 3.0,
+    **rules: Any,
+) -> Variant:
     """A scenario in the shapes world: 24 x 24 pixels, 36 latent tokens of 4 x 4 RGB values, words for tokens.
 
     Args:
         task: the prompts.
         reward: of a finished episode.
         rounds: whether the words of several pictures may be said.
-        rules: what `Rules` takes beyond this world's own tokens and sizes.
+        prompt_budget, text_budget, image_steps, time_shift: see `Rules`; every variant of this world takes them.
+        rules: what else `Rules` takes, beyond this world's own tokens and sizes.
     """
     tokenizer = shapes_tokenizer()
     vocabulary = tokenizer.get_vocab()
@@ -60,6 +71,10 @@ def shapes_variant(task: Task, *, reward: Any, rounds: bool = False, **rules: An
         unused.append(vocabulary["<end>"])
     own = Rules(
         vocab_size=64,
+        prompt_budget=prompt_budget,
+        text_budget=text_budget,
+        image_steps=image_steps,
+        time_shift=time_shift,
         latent_shape=(36, 48),
         open_image_id=tokenizer.eos_token_id,
         forbidden_ids=(*unused, *range(len(tokenizer), 64)),
@@ -72,51 +87,20 @@ def shapes_variant(task: Task, *, reward: Any, rounds: bool = False, **rules: An
 
 
 @register_variant("text_to_image")
-def text_to_image(
-    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
-) -> Variant:
+def text_to_image(*, task: Task | None = None, **rules: Any) -> Variant:
     """Think, then draw one picture, in the shapes world."""
-    rules: dict[str, Any] = {
-        "prompt_budget": prompt_budget,
-        "text_budget": text_budget,
-        "image_steps": image_steps,
-        "time_shift": time_shift,
-    }
     return shapes_variant(task or ShapesTask(), reward="shapes", **rules)
 
 
 @register_variant("edit")
-def edit(
-    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
-) -> Variant:
+def edit(*, task: Task | None = None, **rules: Any) -> Variant:
     """Look at a picture and an instruction, think, and draw the picture with that one change."""
-    rules: dict[str, Any] = {
-        "prompt_budget": prompt_budget,
-        "text_budget": text_budget,
-        "image_steps": image_steps,
-        "time_shift": time_shift,
-    }
     return shapes_variant(task or EditTask(), reward="edit", rounds=True, source_images=1, **rules)
 
 
 @register_variant("reflect")
-def reflect(
-    *,
-    task: Task | None = None,
-    prompt_budget: int = 16,
-    text_budget: int = 24,
-    image_steps: int = 10,
-    time_shift: float = 3.0,
-    image_budget: int = 3,
-    price: float = 0.05,
-) -> Variant:
+def reflect(*, task: Task | None = None, image_budget: int = 3, price: float = 0.05, **rules: Any) -> Variant:
     """Think, draw, look at the picture, and draw again or stop: the last picture counts, every further one has a price."""
-    rules: dict[str, Any] = {
-        "prompt_budget": prompt_budget,
-        "text_budget": text_budget,
-        "image_steps": image_steps,
-        "time_shift": time_shift,
-    }
     end = shapes_tokenizer().get_vocab()["<end>"]
     reward = {"shapes": 1.0, "extra_pictures": -price}
     variant = shapes_variant(
@@ -126,28 +110,14 @@ def reflect(
 
 
 @register_variant("story")
-def story(*, pictures: int = 3, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0) -> Variant:
+def story(*, pictures: int = 3, **rules: Any) -> Variant:
     """Draw a sequence of pictures with words between them; each adds to the last and must agree with it."""
-    rules: dict[str, Any] = {
-        "prompt_budget": prompt_budget,
-        "text_budget": text_budget,
-        "image_steps": image_steps,
-        "time_shift": time_shift,
-    }
     return shapes_variant(StoryTask(pictures), reward="story", rounds=True, image_budget=pictures, **rules)
 
 
 @register_variant("dialogue")
-def dialogue(
-    *, task: Task | None = None, prompt_budget: int = 16, text_budget: int = 24, image_steps: int = 10, time_shift: float = 3.0
-) -> Variant:
+def dialogue(*, task: Task | None = None, **rules: Any) -> Variant:
     """Draw what the user asks for, hear what they want changed, and draw again."""
-    rules: dict[str, Any] = {
-        "prompt_budget": prompt_budget,
-        "text_budget": text_budget,
-        "image_steps": image_steps,
-        "time_shift": time_shift,
-    }
     return shapes_variant(task or DialogueTask(), reward="dialogue", rounds=True, image_budget=2, turn_budget=10, **rules)
 
 
