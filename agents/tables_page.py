@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,111 +61,90 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
         plan: what was run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in ROWS if row.key in found]
+    studies = {study: [row for row in ROWS if row.study == study and row.key in found] for study in {row.study for row in ROWS}}
+    methods = sorted(studies["table"], key=lambda row: (row.thinks, _accuracy(found, row)))
+    base = [row for row in methods if row.key == "unigrpo"]
+    parts = ["# The paper's tables on a laptop", _set_up(plan), *_methods(found, methods)]
+    if studies["guidance"]:
+        parts += _guidance(found, base + studies["guidance"])
+    if studies["penalty"]:
+        _draw_hacking(found, studies["penalty"], folder / "tables_hacking.png")
+        parts += _penalties(found, studies["penalty"])
+    for study, title in (("kernels", "Stochastic steps, windows, ratio"), ("text", "Words and batches")):
+        if studies[study]:
+            parts += _changes(found, title, base + studies[study])
+    _draw_curves(found, [row for row in methods if any(len(run["curve"]) > 1 for run in found[row.key])], folder / "tables_curves.png")
+    _draw_strips(found, methods + studies["penalty"], folder / "tables_strips.png")
+    path = folder / "tables.md"
+    path.write_text("\n\n".join(parts) + "\n")
+    return path
 
-    def of(study: str) -> list[Row]:
-        return [row for row in rows if row.study == study]
 
-    first = sorted(of("table"), key=lambda row: (row.thinks, _accuracy(found, row)))
-    base = [row for row in rows if row.key == "unigrpo"]
-    parts = [
-        "# The paper's tables on a laptop",
+def _measured(found: Results, row: Row, names: Iterable[str]) -> list[str]:
+    """A row's measures over its seeds, as cells."""
+    return [spread([run["measures"][name] for run in found[row.key]]) for name in names]
+
+
+def _set_up(plan: Plan) -> str:
+    lessons = next(row.lessons for row in ROWS if row.lessons) * plan.iterations // 120
+    return (
         f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons), {plan.prompts} held-out prompts. "
-        "Rows without thinking start from weights that were taught to draw without a thought, in "
-        f"{next(row.lessons for row in ROWS if row.lessons) * plan.iterations // 120} supervised updates of 64 more; all others from the shipped ones. "
+        f"Rows without thinking start from weights that were taught to draw without a thought, in {lessons} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
         "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row was swept. One picture an episode, ten denoising steps. "
-        f"± is half the range over seeds; the standard error of one accuracy is at most {0.5 / plan.prompts**0.5:.2f}.",
+        f"± is half the range over seeds; the standard error of one accuracy is at most {0.5 / plan.prompts**0.5:.2f}."
+    )
+
+
+def _methods(found: Results, rows: Sequence[Row]) -> list[str]:
+    kinds = [
+        [row.title, *(spread([run["measures"]["by_kind"].get(kind) for run in found[row.key]]) for kind in PROMPT_KINDS)] for row in rows
+    ]
+    diverged = [(row, run["diverged"]) for row in rows for run in found[row.key] if run.get("diverged")]
+    return [
         "## Methods",
         "Beside the paper's figures (TA and GenEval, on BAGEL at 1024 x 1024): what carries over is the order, not the numbers.",
         table(
             ["method", "seeds", *MEANINGS, "paper: TA", "paper: GenEval"],
-            [
-                [
-                    row.title,
-                    str(len(found[row.key])),
-                    *(spread([run["measures"][name] for run in found[row.key]]) for name in MEANINGS),
-                    *_paper(row),
-                ]
-                for row in first
-            ],
+            [[row.title, str(len(found[row.key])), *_measured(found, row, MEANINGS), *_paper(row)] for row in rows],
         ),
         "\n".join(f"* *{name}*: {meaning}." for name, meaning in MEANINGS.items()),
-        *[
-            f"{row.title} diverged after {run['diverged']['iteration']} iterations: its row shows the weights it had then."
-            for row in rows
-            for run in found[row.key]
-            if run.get("diverged")
-        ],
+        *[f"{row.title} diverged after {end['iteration']} iterations: its row shows the weights it had then." for row, end in diverged],
         *_order(found),
         "![Held-out accuracy over iterations](tables_curves.png)",
         "![The same prompts and seeds by method](tables_strips.png)",
         "## By kind of prompt",
-        table(
-            ["method", *PROMPT_KINDS],
-            [
-                [row.title, *(spread([run["measures"]["by_kind"].get(kind) for run in found[row.key]]) for kind in PROMPT_KINDS)]
-                for row in first
-            ],
-        ),
+        table(["method", *PROMPT_KINDS], kinds),
     ]
-    guided = base + of("guidance")
-    if of("guidance"):
-        parts += [
-            "## Guidance in training, and at evaluation",
-            table(
-                ["trained", "evaluated without", "evaluated at scale 2"],
-                [
-                    [
-                        row.title if row.study == "guidance" else "without guidance (UniGRPO)",
-                        *(spread([run["measures"][name] for run in found[row.key]]) for name in ("accuracy", "guided")),
-                    ]
-                    for row in guided
-                ],
-            ),
-        ]
-    if of("penalty"):
-        _draw_hacking(found, of("penalty"), folder / "tables_hacking.png")
-        parts += [
-            "## What a penalty is for: training on a proxy",
-            "The reward is `soft_shapes`, a verifier that can be fooled; the measure is the strict one. Image learning rate 3e-4, not falling.",
-            table(
-                ["penalty", "proxy, first → last ten iterations", "strict accuracy: best", "last", "crispness"],
-                [
-                    [
-                        row.title,
-                        " → ".join(f"{value:.3f}" for value in _ends(run)),
-                        f"{max(value for _, value in run['curve'] or [(0, 0.0)]):.3f}",
-                        f"{run['measures']['accuracy']:.3f}",
-                        f"{run['measures']['crispness']:.3f}",
-                    ]
-                    for row in of("penalty")
-                    for run in found[row.key]
-                ],
-            ),
-            "![Proxy and strict accuracy over iterations](tables_hacking.png)",
-        ]
-    for study, title in (("kernels", "Stochastic steps, windows, ratio"), ("text", "Words and batches")):
-        if of(study):
-            parts += [
-                f"## {title}",
-                table(
-                    ["change to UniGRPO", "seeds", "accuracy", "greedy", "crispness"],
-                    [
-                        [
-                            "none" if row.key == "unigrpo" else row.title,
-                            str(len(found[row.key])),
-                            *(spread([run["measures"][name] for run in found[row.key]]) for name in ("accuracy", "greedy", "crispness")),
-                        ]
-                        for row in base + of(study)
-                    ],
-                ),
-            ]
-    _draw_curves(found, [row for row in first if any(len(run["curve"]) > 1 for run in found[row.key])], folder / "tables_curves.png")
-    _draw_strips(found, first + of("penalty"), folder / "tables_strips.png")
-    path = folder / "tables.md"
-    path.write_text("\n\n".join(parts) + "\n")
-    return path
+
+
+def _guidance(found: Results, rows: Sequence[Row]) -> list[str]:
+    titles = {"table": "without guidance (UniGRPO)"}
+    cells = [[titles.get(row.study, row.title), *_measured(found, row, ("accuracy", "guided"))] for row in rows]
+    return ["## Guidance in training, and at evaluation", table(["trained", "evaluated without", "evaluated at scale 2"], cells)]
+
+
+def _penalties(found: Results, rows: Sequence[Row]) -> list[str]:
+    def cells(row: Row, run: dict[str, Any]) -> list[str]:
+        best = max(value for _, value in run["curve"] or [(0, 0.0)])
+        figures = (best, run["measures"]["accuracy"], run["measures"]["crispness"])
+        return [row.title, " → ".join(f"{value:.3f}" for value in _ends(run)), *(f"{value:.3f}" for value in figures)]
+
+    return [
+        "## What a penalty is for: training on a proxy",
+        "The reward is `soft_shapes`, a verifier that can be fooled; the measure is the strict one. Image learning rate 3e-4, not falling.",
+        table(
+            ["penalty", "proxy, first → last ten iterations", "strict accuracy: best", "last", "crispness"],
+            [cells(row, run) for row in rows for run in found[row.key]],
+        ),
+        "![Proxy and strict accuracy over iterations](tables_hacking.png)",
+    ]
+
+
+def _changes(found: Results, title: str, rows: Sequence[Row]) -> list[str]:
+    names = ("accuracy", "greedy", "crispness")
+    cells = [["none" if row.study == "table" else row.title, str(len(found[row.key])), *_measured(found, row, names)] for row in rows]
+    return [f"## {title}", table(["change to UniGRPO", "seeds", *names], cells)]
 
 
 def _episodes(plan: Plan) -> int:

@@ -30,8 +30,9 @@ from agents.guidance import Guidance
 from agents.loss import UniGRPOLoss, forward_points, window_flow_loss, window_means
 from agents.models import UnifiedModel, load_model
 from agents.objectives import group_advantage, groups_with_signal
+from agents.refl import LatentScore
 from agents.supervised import lessons, supervised_losses
-from rewards import EpisodeBatch, UnscoredError, WeightedReward
+from rewards import EpisodeBatch, UnscoredError
 from unigrpo_env.episodes import Variant
 from unigrpo_env.flow_time import shift_time
 from unigrpo_env.tasks import Prompt, PromptFile
@@ -121,8 +122,8 @@ class Trainer:
                 "those learn by rl with flow_grpo"
             )
         legal = torch.stack([rules.legal_tokens(), rules.legal_tokens(after_image=True)]).to(config.model.device)
-        self.loss = UniGRPOLoss(self.model, self.reference, legal, algorithm, guidance=guidance, score=self._score)
-        self.prompts: list[Prompt] = []
+        self.score = LatentScore(self.variant, algorithm.refl_reward, trainer.max_unscored)
+        self.loss = UniGRPOLoss(self.model, self.reference, legal, algorithm, guidance=guidance, score=self.score)
         self.experts = self.model.parameter_lists()
         weights = {"text": algorithm.text_weight, "image": algorithm.image_weight}
         for expert, parameters in self.experts.items():
@@ -200,8 +201,8 @@ class Trainer:
     def _gather(self, seed: int) -> tuple[TensorDict, dict[str, float]]:
         """Collect and compare; with dynamic sampling "replace", collect again for the groups without signal."""
         trainer = self.config.trainer
-        self.prompts = self.variant.task.prompts("train", trainer.groups, seed)
-        episodes = self.collector.collect(self.prompts, seed, self.iteration)
+        self.score.prompts = self.variant.task.prompts("train", trainer.groups, seed)
+        episodes = self.collector.collect(self.score.prompts, seed, self.iteration)
         signal, metrics = self._compare(episodes)
         for attempt in range(1, trainer.max_collects if trainer.dynamic_sampling == "replace" else 1):
             if signal.all():
@@ -212,7 +213,7 @@ class Trainer:
             found, _ = self._compare(more)
             for group, other in zip((~signal).nonzero()[:, 0].tolist(), found.nonzero()[:, 0].tolist(), strict=False):
                 more["group"][other] = group
-                episodes[group], self.prompts[group], signal[group] = more[other], prompts[other], True
+                episodes[group], self.score.prompts[group], signal[group] = more[other], prompts[other], True
         if trainer.dynamic_sampling == "drop":
             episodes["counts"] &= signal[:, None]
         return episodes, metrics
@@ -298,40 +299,6 @@ class Trainer:
             group["lr"] = self.rates[expert] * self._schedule()
         self.optimizer.step()
         return norms
-
-    def _score(self, latents: Tensor, groups: Tensor) -> Tensor:
-        """ReFL's reward of latents, with its gradient; words are not shown to it, and what it cannot score counts 0.
-
-        Raises:
-            UnscoredError: it could not score more than the allowed share.
-            ValueError: it has no gradient.
-        """
-        name = self.config.algorithm.refl_reward or self.variant.reward
-        reward = WeightedReward(name)
-
-        def score(rows: Tensor) -> Tensor:
-            prompts = [self.prompts[group] for group in groups[rows].tolist()]
-            images = self.variant.decode(latents[rows])
-            batch = EpisodeBatch([p.text for p in prompts], [""] * len(prompts), images, [p.metadata for p in prompts])
-            return reward(batch, keep_gradient=True).reward.to(latents.device)
-
-        rows = torch.arange(len(latents), device=latents.device)
-        scored = score(rows)
-        unknown = scored.isnan()
-        if unknown.any():
-            share = float(unknown.float().mean())
-            if share == 1 or share > self.config.trainer.max_unscored:
-                raise UnscoredError(
-                    f"{int(unknown.sum())} of {len(rows)} pictures could not be scored by refl's reward {name!r}: it returned NaN or infinity. "
-                    "Do the prompts say what it needs? Mend it, or name another in algorithm.refl_reward"
-                )
-            known = rows[~unknown]
-            scored = torch.zeros_like(scored).index_put((known,), score(known))  # again, so that no NaN is on the way of a gradient
-        if latents.requires_grad and not scored.requires_grad:
-            raise ValueError(
-                f"expected a differentiable reward for refl, got {name!r}, which gives no gradient; name one in algorithm.refl_reward, such as soft_shapes"
-            )
-        return scored
 
     def _schedule(self) -> float:
         """Linear rise over `warmup`, then a linear fall to `decay` at the last iteration."""

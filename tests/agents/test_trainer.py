@@ -399,7 +399,7 @@ def test_groups_without_signal_are_dropped_or_replaced(tmp_path):
     for how in ("keep", "drop", "replace"):
         trainer = toy_trainer(tmp_path / how, "env.reward=only_dark", f"trainer.dynamic_sampling={how}", "trainer.max_collects=6")
         episodes, metrics = trainer._gather(0)
-        found[how] = episodes, metrics, trainer.prompts
+        found[how] = episodes, metrics, trainer.score.prompts
     reward = found["keep"][0]["reward"]
     differ = reward.amax(1) > reward.amin(1)
     assert 0 < found["keep"][1]["signal"] == differ.float().mean() <= 0.5
