@@ -79,14 +79,16 @@ def _parser() -> Parser:
     sample.add_argument("--count", type=int, default=1, help="episodes, from this seed on [1]")
     sample.add_argument("--out", default="outputs/sample.png", help="where the picture goes [outputs/sample.png]")
     pretrain = command("pretrain", "Train the tiny model's weights, as shipped, from nothing.")
-    from agents.supervised import SupervisedSettings
+    from agents.supervised import COURSES, SupervisedSettings
 
+    pretrain.add_argument("--courses", nargs="+", choices=list(COURSES), default=list(COURSES), help=f"what to teach [{' '.join(COURSES)}]")
     for entry in dataclasses.fields(SupervisedSettings):
         flag = "--" + entry.name.replace("_", "-")
         if isinstance(entry.default, bool):
-            pretrain.add_argument(flag, action="store_true", help=entry.metadata["help"])
+            pretrain.add_argument(flag, action="store_true", default=None, help=entry.metadata["help"])
         else:
-            pretrain.add_argument(flag, type=type(entry.default), default=entry.default, help=f"{entry.metadata['help']} [{entry.default}]")
+            own = "/".join(dict.fromkeys(str(getattr(course.settings, entry.name)) for course in COURSES.values()))
+            pretrain.add_argument(flag, type=type(entry.default), help=f"{entry.metadata['help']} [{own}]")
     pretrain.add_argument("--model", help="go on from this model instead of from nothing")
     pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
     tables = command("tables", "The paper's comparisons on the shipped model, on one page: methods, penalties, guidance.")
@@ -154,7 +156,7 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
 def _sample(args: argparse.Namespace, console: Console) -> None:
     from agents.evaluation import evaluate
     from agents.models import load_model
-    from agents.report import contact_sheet
+    from agents.report import contact_sheet, panels
     from agents.trainer import import_modules
     from unigrpo_env.rendering import enlarge, read_picture
     from unigrpo_env.tasks import Prompt
@@ -174,46 +176,63 @@ def _sample(args: argparse.Namespace, console: Console) -> None:
     model = cast(Any, load_model(args.model))
     prompt = Prompt(args.prompt, sources=tuple(read_picture(path) for path in args.source), turns=tuple(args.turn))
     found = evaluate(model, variant, [prompt] * args.count, temperature=args.temperature, image_steps=args.steps, seed=args.seed)
-    for text in found.texts:
-        console.print(text or "(no thought)", highlight=False)
+    for said in found.rounds:
+        for number, text in enumerate(said):
+            user = f"[bold]{escape(args.turn[number - 1])}[/bold]  " if 0 < number <= len(args.turn) else ""
+            console.print(user + escape(text or "(no thought)"), highlight=False)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    (contact_sheet(found) if args.count > 1 else enlarge(found.images[0], 384)).save(out)
+    single = args.count == 1 and len(panels(found, 0)) == 1
+    (enlarge(found.images[0], 384) if single else contact_sheet(found)).save(out)
     console.print(f"[bold]{out}[/bold]", highlight=False)
 
 
 def _pretrain(args: argparse.Namespace, console: Console) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     from agents.evaluation import evaluate
     from agents.models import Bagel, load_model
     from agents.models.tiny_config import TINY_CONFIG
-    from agents.supervised import SupervisedSettings, train_supervised
+    from agents.supervised import COURSES, SupervisedSettings, train_supervised
     from agents.trainer import import_modules
     from unigrpo_env.variants import make_variant
 
     import_modules(args.imports)
-    settings = SupervisedSettings(**{entry.name: getattr(args, entry.name) for entry in dataclasses.fields(SupervisedSettings)})
-    variant = make_variant("text_to_image")
-    model = cast(Any, load_model(args.model) if args.model else Bagel(TINY_CONFIG).initialise(settings.seed))
-    columns = (TextColumn("pretrain"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"))
+    given = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(SupervisedSettings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    model = cast(Any, load_model(args.model) if args.model else Bagel(TINY_CONFIG).initialise(given.get("seed", 0)))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("pretrain", total=settings.steps, losses="")
+        for name in args.courses:
+            course = COURSES[name]
+            settings = dataclasses.replace(course.settings, **given)
+            bar = progress.add_task(name, total=settings.steps, losses="")
 
-        def show(step: int, losses: dict[str, float]) -> None:
-            progress.update(bar, completed=step, losses=f"text {losses['text_loss']:.3f}  image {losses['image_loss']:.4f}")
+            def show(step: int, losses: dict[str, float], name: str = name, total: int = settings.steps, bar: TaskID = bar) -> None:
+                told = f"text {losses['text_loss']:.3f}  image {losses['image_loss']:.4f}"
+                progress.update(bar, completed=step, losses=told)
+                if not console.is_terminal and (step % 50 == 0 or step == total):
+                    console.print(f"{name:>8} {step:>5}/{total}  {told}", highlight=False)
 
-        first = 0 if args.model is None else SupervisedSettings.steps
-        train_supervised(model, variant, settings, show, first_lesson=first)
+            scenarios = [(make_variant(scenario), share) for scenario, share in course.scenarios.items()]
+            train_supervised(model, scenarios, settings, show, first_lesson=course.first_lesson)
     folder = model.save_pretrained(args.out)
-    prompts = variant.task.prompts("test", 256, 1_000_000)
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        found = evaluate(model, variant, prompts, temperature=temperature)
-        console.print(
-            f"{name:>8}  [bold]{found.accuracy:.3f}[/bold]  { ({k: round(v, 2) for k, v in found.by('kind').items()}) }",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for scenario in dict.fromkeys(scenario for name in args.courses for scenario in COURSES[name].scenarios):
+        variant = make_variant(scenario)
+        prompts = variant.task.prompts("test", 256, 1_000_000)
+        for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            found = evaluate(model, variant, prompts, temperature=temperature)
+            console.print(
+                f"{scenario:>13} {name:>7}  [bold]{found.accuracy:.3f}[/bold]  { ({k: round(v, 2) for k, v in found.by('kind').items()}) }",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print(f"weights  {folder}", highlight=False)
 
 

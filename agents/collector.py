@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,34 +17,55 @@ from unigrpo_env.tasks import Prompt
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
 
+@dataclass
+class Played:
+    """How N episodes ended; R = image_budget.
+
+    Attributes:
+        observation: the last one.
+        reward: `[N]` float32, paid at the end; NaN: unscored.
+        components: its named parts, `[N]` float32.
+        on_the_way: `thought_reward` and `round_reward`, `[N, R]` float32, what each thought and each picture was paid; 0 where there was none. Only what the variant has.
+    """
+
+    observation: dict[str, Tensor]
+    reward: Tensor
+    components: dict[str, Tensor]
+    on_the_way: dict[str, Tensor]
+
+
 def play(
     env: InterleavedGenVectorEnv,
     actor: Actor,
     observation: dict[str, Tensor],
     watch: Callable[[dict[str, Tensor], Decision], None] = lambda observation, decision: None,
-) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+) -> Played:
     """Play all rows to their end.
 
     Args:
         env: reset, with `observation` its first.
         actor: the policy.
         watch: called with each observation and decision before the step.
-
-    Returns:
-        The last observation, the reward `[N]` (NaN: unscored) and its named parts.
     """
-    reward = torch.zeros(env.num_envs)
+    reward, rows = torch.zeros(env.num_envs), torch.arange(env.num_envs)
     components: dict[str, Tensor] = {}
+    rounds = env.episodes.rules.image_budget
+    on_the_way = {name: torch.zeros(env.num_envs, rounds) for name in env.episodes.on_the_way}
     over = bool((observation["phase"] == Phase.DONE).all())
     while not over:
         decision = actor.act(observation)
         watch(observation, decision)
-        observation, paid, terminated, _, infos = env.step(decision.env_action, decision.active)
-        reward += paid
+        number = env.episodes.state.images_drawn.cpu().clamp(max=rounds - 1) if on_the_way else rows
+        observation, _, terminated, _, infos = env.step(decision.env_action, decision.active)
+        for name, paid in infos.get("paid", {}).items():
+            if name == "reward":
+                reward += paid
+            else:
+                on_the_way[name][rows, number] += paid
         over = bool(terminated.all())
         for name, values in infos.get("components", {}).items():
             components.setdefault(name, torch.full_like(values, torch.nan))[infos["ended"]] = values[infos["ended"]]
-    return observation, reward, components
+    return Played(observation, reward, components, on_the_way)
 
 
 class Collector:
@@ -65,7 +87,8 @@ class Collector:
     | `images_drawn` | int64 | pictures of the episode; the entries of further ones hold nothing |
     | `latent` | `[L, C]` float32 | the last finished picture |
     | `images`, `image_places` | `[M, L, C]` float32, `[M]` int64 | where M > 0: clean latents that were read, and where in prompt and tokens; -1: none |
-    | `reward` | float32 | NaN where the episode could not be scored |
+    | `reward` | float32 | paid at the end; NaN where the episode could not be scored |
+    | `thought_reward`, `round_reward` | `[R]` float32 | where the variant pays for thoughts or pictures: what each was paid |
     | `group`, `seed` | int64 | group's id; what the actor's noise was drawn from, and x_1 unless `shared_noise` |
     | `components` | TensorDict | named parts of the reward, float32 |
 
@@ -109,12 +132,13 @@ class Collector:
         observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": [p for p in prompts for _ in range(size)]})
         self.actor.start(seeds.tolist(), starts.to(device))
         record, words = self._empty(observation), list[tuple[Tensor, Tensor, Tensor]]()
-        observation, reward, components = play(env, self.actor, observation, partial(self._write, record, words))
-        self._finish(record, words, observation)
-        record["reward"], record["seed"] = reward.to(device), torch.as_tensor(seeds, device=device)
+        played = play(env, self.actor, observation, partial(self._write, record, words))
+        self._finish(record, words, played.observation)
+        record |= {name: paid.to(device) for name, paid in played.on_the_way.items()}
+        record["reward"], record["seed"] = played.reward.to(device), torch.as_tensor(seeds, device=device)
         record["group"] = torch.arange(self.groups, device=device).repeat_interleave(size)
         episodes = TensorDict(record, [env.num_envs])
-        episodes["components"] = TensorDict({name: values.to(device) for name, values in components.items()}, [env.num_envs])
+        episodes["components"] = TensorDict({name: values.to(device) for name, values in played.components.items()}, [env.num_envs])
         return episodes.unflatten(0, (self.groups, size))
 
     def _empty(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:

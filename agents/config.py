@@ -41,6 +41,8 @@ class EnvSettings:
 
     variant: str = setting("text_to_image", "registered variant of the env")
     reward: str = setting("", "reward by name, or a sum such as 'shapes + 0.1 * brevity'; empty: the variant's own")
+    thought_reward: str = setting("", "process reward, paid for a thought before its image is drawn; likewise")
+    round_reward: str = setting("", "reward of each picture when it is drawn; likewise")
     prompts: str | None = setting(None, "prompt file (.txt or .jsonl) in place of the variant's task")
     prompt_budget: int | None = setting(None, "tokens of a prompt at most, marks included; empty: the variant's own")
     text_budget: int | None = setting(None, "tokens of thought at most; empty: the variant's own")
@@ -68,6 +70,9 @@ class AlgorithmSettings:
     latent_kl_weight: float = setting(0.0, "weight of the exact KL to the reference at the stochastic steps")
     text_kl_weight: float = setting(0.0, "weight of the tokens' KL to the reference; the paper's beta is 0")
     image_objective: str = setting("flow_grpo", "flow_grpo, fpo or refl; see unigrpo list")
+    credit: str = setting(
+        "episode", "advantage from: episode (all rewards of it, shared by all its parts) or onward (what was paid from each part on)"
+    )
     text_clip: float = setting(0.2, "clip range of the token ratio")
     text_clip_high: float | None = setting(None, "clip range on the upper side; empty: text_clip")
     text_aggregation: str = setting("sequence", "mean over tokens: sequence (each episode's own, then over episodes) or token (all alike)")
@@ -209,6 +214,7 @@ class Config:
         for name, choice, choices in (
             ("algorithm.ratio", algorithm.ratio, ("norm", "plain")),
             ("algorithm.old_log_prob", algorithm.old_log_prob, (None, "rollout", "recompute")),
+            ("algorithm.credit", algorithm.credit, ("episode", "onward")),
             ("algorithm.method", algorithm.method, ("rl", "sft")),
             ("algorithm.image_objective", algorithm.image_objective, tuple(IMAGE_OBJECTIVES)),
             ("algorithm.kernel", algorithm.kernel, (*KERNELS, "ode")),

@@ -25,22 +25,38 @@ class Evaluation:
 
     Attributes:
         prompts: the prompts.
-        texts: its thoughts.
-        images: its pictures, `[N, 3, height, width]` float32 in [0, 1].
+        rounds: its words before each picture, and after the last if it went on.
+        pictures: all that it drew, in order, `[drawn, 3, height, width]` float32 in [0, 1].
         reward: `[N]` float32; NaN where it could not be scored.
         components: named parts of the reward, `[N]` float32.
     """
 
     prompts: list[Prompt]
-    texts: list[str]
-    images: Tensor
+    rounds: list[list[str]]
+    pictures: list[Tensor]
     reward: Tensor
     components: dict[str, Tensor]
+
+    @property
+    def texts(self) -> list[str]:
+        """All that it wrote, an episode."""
+        return [" ".join(filter(None, said)) for said in self.rounds]
+
+    @property
+    def images(self) -> Tensor:
+        """The last picture of each episode, `[N, 3, height, width]`; black where there is none."""
+        blank = torch.zeros(1, *self.pictures[0].shape[1:])
+        return torch.cat([drawn[-1:] if len(drawn) else blank for drawn in self.pictures])
 
     @property
     def accuracy(self) -> float:
         """Mean of the scored rewards."""
         return float(self.reward.nanmean())
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of each named part of the reward, where there are several."""
+        return {name: float(values.nanmean()) for name, values in self.components.items()} if len(self.components) > 1 else {}
 
     def by(self, key: str) -> dict[str, float]:
         """Accuracy for each value of a prompt's metadata entry `key`; empty if prompts have none."""
@@ -86,13 +102,15 @@ def evaluate(
         seeds = [seed + start + row for row in range(len(batch))]
         observation, _ = env.reset(seed=seeds, options={"prompts": batch})
         actor.start(seeds)
-        _, reward, components = play(env, actor, observation)
-        parts.append({"texts": env.texts(), "images": env.images().cpu(), "reward": reward, "components": components})
+        played = play(env, actor, observation)
+        rows, episodes = range(len(batch)), env.episodes
+        pictures = [drawn.cpu() for drawn in episodes.pictures(rows)]
+        parts.append({"rounds": episodes.rounds(rows), "pictures": pictures, "reward": played.reward, "components": played.components})
     names = parts[0]["components"]
     return Evaluation(
         prompts=list(prompts),
-        texts=[text for part in parts for text in part["texts"]],
-        images=torch.cat([part["images"] for part in parts]),
+        rounds=[said for part in parts for said in part["rounds"]],
+        pictures=[drawn for part in parts for drawn in part["pictures"]],
         reward=torch.cat([part["reward"] for part in parts]),
         components={name: torch.cat([part["components"][name] for part in parts]) for name in names},
     )

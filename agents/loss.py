@@ -167,6 +167,19 @@ def window_ends(episodes: TensorDictBase, name: str) -> tuple[Tensor, Tensor]:
     return by_picture[:, :, :-1].flatten(1, 2), by_picture[:, :, 1:].flatten(1, 2)
 
 
+def stage_advantages(episodes: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """The advantage of each token and of each recorded step, `[N, 1]` or `[N, K]` and `[N, R W]`, from one an episode `[N]` or one a stage `[N, 2 R]`."""
+    advantage = episodes["advantage"]
+    if advantage.ndim == 1:
+        return advantage[:, None], advantage[:, None]
+    rounds, slots = _rounds(episodes), torch.arange(episodes["tokens"].shape[1], device=advantage.device)
+    number = torch.zeros_like(episodes["tokens"])
+    if rounds > 1:
+        drawn = (episodes["image_places"] - episodes["prompt_length"][:, None])[:, 1 - rounds :, None]
+        number = ((drawn >= 0) & (drawn <= slots)).sum(1)
+    return advantage[:, 0::2].gather(1, number), advantage[:, 1::2].repeat_interleave(episodes["window_means"].shape[1] // rounds, 1)
+
+
 def steps_taken(episodes: TensorDictBase) -> Tensor:
     """`[N, R W]` bool: which of the recorded steps there were."""
     rounds = _rounds(episodes)
@@ -218,7 +231,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 class UniGRPOLoss(LossModule):
     """Equation (7): text loss + image_weight * image loss + penalties, and the losses of the methods it is compared with.
 
-    Reads the keys of `Collector`'s layout, flattened to N episodes (`episodes.flatten(0, 1)`), where pictures are read also `images` and `image_places`, and three more, `[N]` each: `advantage`; `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
+    Reads the keys of `Collector`'s layout, flattened to N episodes (`episodes.flatten(0, 1)`), where pictures are read also `images` and `image_places`, and three more, `[N]` each: `advantage` (or `[N, 2 R]`, one for each thought and picture in turn); `weight`, an episode's share in the mean (1 / episodes of the update, 0 for one without
     a score); `text_share`, the same for the text terms (equal to `weight`, or an episode's share of all chosen tokens). The losses are sums under these weights, so an update does
     not depend on how it is split into micro-batches.
 
@@ -292,14 +305,14 @@ class UniGRPOLoss(LossModule):
         share of ratios whose gradient the clip cuts off. And `*_log_ratio`, the largest |log ratio|: rounding error alone before the first update on a batch.
         """
         settings, now = self.settings, self.replay(self.model, tensordict)
-        advantage, chosen = tensordict["advantage"], tensordict["chosen_mask"]
+        (text_advantage, image_advantage), chosen = stage_advantages(tensordict), tensordict["chosen_mask"]
         weight, share = tensordict["weight"], tensordict["text_share"]
         taken = steps_taken(tensordict)
         # Where every episode has at most one picture the mean over its steps needs no mask.
         some = taken if _rounds(tensordict) > 1 else None
         has_image = taken[:, 0]
         clips = settings.text_clip, settings.text_clip_high
-        text = text_loss(now.log_prob, tensordict["log_prob"], advantage, chosen, *clips)
+        text = text_loss(now.log_prob, tensordict["log_prob"], text_advantage, chosen, *clips)
         log_ratio = torch.zeros_like(taken, dtype=torch.float32)
         image = penalty = text_pull = image_pull = torch.zeros_like(text)
         if now.velocity is not None and settings.image_weight:
@@ -307,7 +320,7 @@ class UniGRPOLoss(LossModule):
                 image = self._refl(tensordict, now.velocity)
             else:
                 log_ratio = torch.where(taken, self._image_log_ratio(tensordict, now.velocity), 0)
-                image = image_loss(log_ratio, advantage, settings.image_clip, some)
+                image = image_loss(log_ratio, image_advantage, settings.image_clip, some)
         if settings.needs_reference:
             with torch.no_grad():
                 anchor = self.replay(cast(UnifiedModel[Any], self.reference), tensordict)
@@ -327,8 +340,8 @@ class UniGRPOLoss(LossModule):
                 "loss_velocity": settings.velocity_weight * (weight * penalty).sum(),
                 "loss_kl": (share * text_pull).sum() + (weight * image_pull).sum(),
                 "entropy": (weight * (now.entropy * chosen).sum(1) / chosen.sum(1).clamp(min=1)).sum(),
-                "text_clip_fraction": (weight * clip_fraction(text_log_ratio, advantage[:, None], chosen, *clips)).sum(),
-                "image_clip_fraction": (weight * clip_fraction(image_log_ratio, advantage[:, None], taken, settings.image_clip)).sum(),
+                "text_clip_fraction": (weight * clip_fraction(text_log_ratio, text_advantage, chosen, *clips)).sum(),
+                "image_clip_fraction": (weight * clip_fraction(image_log_ratio, image_advantage, taken, settings.image_clip)).sum(),
                 "text_log_ratio": text_log_ratio.abs().max(),
                 "image_log_ratio": image_log_ratio.abs().max(),
             }

@@ -46,6 +46,28 @@ def groups_with_signal(reward: Tensor, group: Tensor) -> Tensor:
     return high > low
 
 
+def stage_returns(reward: Tensor, thought_reward: Tensor, round_reward: Tensor, images_drawn: Tensor, rounds_begun: Tensor) -> Tensor:
+    """What was still to be earned when each stage began: thought 1, picture 1, thought 2, ... A thought's own reward comes before its picture's steps, so it is none of theirs.
+
+    Args:
+        reward: `[N]`, at the end.
+        thought_reward, round_reward: `[N, R]`, of each thought and each picture.
+        images_drawn: `[N]` int64.
+        rounds_begun: `[N]` int64, thoughts begun; one more than pictures where words ended the episode.
+
+    Returns:
+        `[N, 2 R]`; NaN for stages that an episode did not have, and wherever any of its rewards is.
+
+    >>> stage_returns(torch.tensor([1.0]), torch.tensor([[0.5, 0.0]]), torch.tensor([[0.1, 0.2]]), torch.tensor([2]), torch.tensor([2]))
+    tensor([[1.8000, 1.3000, 1.2000, 1.2000]])
+    """
+    paid = torch.stack([thought_reward, round_reward], 2).flatten(1)
+    onward = reward[:, None] + paid.flip(1).cumsum(1).flip(1)
+    stage = torch.arange(paid.shape[1], device=paid.device)
+    happened = torch.where(stage % 2 == 0, stage // 2 < rounds_begun[:, None], stage // 2 < images_drawn[:, None])
+    return torch.where(happened & ~paid.isnan().any(1, keepdim=True), onward, torch.nan)
+
+
 def clipped_surrogate(log_ratio: Tensor, advantage: Tensor, clip_range: float, clip_high: float | None = None) -> Tensor:
     """min(r A, clip(r, 1 - eps, 1 + eps) A) of equations (2) and (6), with r given by its log.
 
@@ -82,7 +104,7 @@ def text_loss(
 
     Args:
         log_prob, old_log_prob: `[N, K]`, of each token under the policy and under the one that wrote it.
-        advantage: `[N]`.
+        advantage: `[N]`, or `[N, K]` where tokens of one episode have different ones.
         mask: `[N, K]` bool, True for tokens the policy chose.
         clip_range, clip_high: as for `clipped_surrogate`.
 
@@ -90,7 +112,7 @@ def text_loss(
         `[N]`; 0 for an episode without a token of its own.
     """
     log_ratio = torch.where(mask, log_prob - old_log_prob, 0)
-    surrogate = clipped_surrogate(log_ratio, advantage[:, None], clip_range, clip_high)
+    surrogate = clipped_surrogate(log_ratio, advantage.view(len(advantage), -1), clip_range, clip_high)
     return -(surrogate * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
@@ -139,14 +161,14 @@ def image_loss(log_ratio: Tensor, advantage: Tensor, clip_range: float, taken: T
 
     Args:
         log_ratio: `[N, W]`, from `ratio_norm` or `plain_log_ratio`.
-        advantage: `[N]`.
+        advantage: `[N]`, or `[N, W]` where steps of one episode have different ones.
         clip_range: eps.
         taken: `[N, W]` bool, the steps that an episode took, if not all.
 
     Returns:
         `[N]`.
     """
-    return -_mean_over_steps(clipped_surrogate(log_ratio, advantage[:, None], clip_range), taken)
+    return -_mean_over_steps(clipped_surrogate(log_ratio, advantage.view(len(advantage), -1), clip_range), taken)
 
 
 def velocity_mse(velocity: Tensor, reference: Tensor, taken: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import html
 import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin-top:2.2rem}
 table{border-collapse:collapse} td,th{padding:.25rem .9rem .25rem 0;text-align:left} td.n{font-variant-numeric:tabular-nums}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem;padding:.9rem 0;border-top:1px solid #ddd} .side{display:flex;gap:.9rem}
 .side img{width:120px;height:120px;flex:none;border:3px solid #ccc;border-radius:6px} .side.right img{border-color:#2a9d4a} .side.wrong img{border-color:#d05a3a}
-.prompt{grid-column:1/-1;font-weight:600}
+.prompt{grid-column:1/-1;font-weight:600} .strip{display:flex;flex-wrap:wrap;gap:.6rem;align-content:flex-start} .strip>div{width:124px;font-size:.8rem;line-height:1.3}
+.strip img{width:118px;height:118px;border:3px solid #ccc;border-radius:6px;display:block} .strip.right img{border-color:#2a9d4a} .strip.wrong img{border-color:#d05a3a}
+.strip .source img{border-color:#ccc} .user{font-weight:600}
 """
 
 
@@ -58,12 +61,55 @@ def curves(rows: Sequence[dict[str, float]], accuracy: Sequence[tuple[int, float
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One step of an episode as people read it.
+
+    Attributes:
+        picture: `[3, height, width]`, or None for words that no picture follows.
+        words: what the model said before it.
+        user: what the user said before that.
+        source: whether the picture came with the prompt.
+    """
+
+    picture: Tensor | None
+    words: str = ""
+    user: str = ""
+    source: bool = False
+
+
+def panels(evaluation: Evaluation, index: int) -> list[Panel]:
+    """An episode from left to right: sources, then words and picture of each round."""
+    prompt, pictures = evaluation.prompts[index], list(evaluation.pictures[index])
+    turns = ["", *prompt.turns, *[""] * len(evaluation.rounds[index])]
+    found = [Panel(source, source=True) for source in prompt.sources]
+    for number, words in enumerate(evaluation.rounds[index]):
+        found.append(Panel(pictures[number] if number < len(pictures) else None, words, turns[number]))
+    return found
+
+
 def _side(evaluation: Evaluation, index: int) -> str:
-    right = float(evaluation.reward[index]) >= 1
-    return (
-        f'<div class="side {"right" if right else "wrong"}"><img alt="" src="{picture_data(evaluation.images[index])}">'
-        f"<div>{html.escape(evaluation.texts[index]) or '<i>no thought</i>'}</div></div>"
-    )
+    verdict = "right" if _is_right(evaluation, index) else "wrong"
+    shown = panels(evaluation, index)
+    if len(shown) == 1:
+        picture = picture_data(evaluation.images[index])
+        return (
+            f'<div class="side {verdict}"><img alt="" src="{picture}"><div>{html.escape(shown[0].words) or "<i>no thought</i>"}</div></div>'
+        )
+    cells = [
+        f'<div class="{"source" if panel.source else ""}">'
+        + (f'<div class="user">{html.escape(panel.user)}</div>' if panel.user else "")
+        + (f'<img alt="" src="{picture_data(panel.picture)}">' if panel.picture is not None else "")
+        + f"{html.escape(panel.words)}</div>"
+        for panel in shown
+    ]
+    return f'<div class="strip {verdict}">{"".join(cells)}</div>'
+
+
+def _is_right(evaluation: Evaluation, index: int) -> bool:
+    """Whether the episode's own measure is met; prices that are taken off it do not count."""
+    measure = next(iter(evaluation.components.values()), evaluation.reward)
+    return float(measure[index]) >= 1
 
 
 def write_report(
@@ -114,40 +160,52 @@ def write_report(
     )
 
 
-PAPER, INK, FAINT, RIGHT, WRONG = (250, 250, 248), (34, 34, 40), (120, 120, 130), (42, 157, 74), (208, 90, 58)
-CAPTION = 92
+PAPER, INK, FAINT, RIGHT, WRONG, USER = (250, 250, 248), (34, 34, 40), (120, 120, 130), (42, 157, 74), (208, 90, 58), (40, 90, 170)
+GAP, CAPTION, LINE = 16, 92, 14
 
 
-def _cell(sheet: Image.Image, place: tuple[int, int], side: int, evaluation: Evaluation, index: int, *, judged: bool = False) -> None:
-    """One picture with its prompt and thought beneath; `judged` frames it by its reward."""
-    pen, (left, top) = ImageDraw.Draw(sheet), place
-    if judged:
-        colour = RIGHT if float(evaluation.reward[index]) >= 1 else WRONG
-        pen.rectangle((left - 4, top - 4, left + side + 3, top + side + 3), fill=colour)
-    sheet.paste(enlarge(evaluation.images[index], side), place)
-    lines = [(line, INK) for line in textwrap.wrap(evaluation.prompts[index].text, 26)[:2]]
-    lines += [(line, FAINT) for line in textwrap.wrap(evaluation.texts[index], 26)[:4]]
-    for row, (line, ink) in enumerate(lines):
-        pen.text((left, top + side + 6 + 14 * row), line, fill=ink, font=ImageFont.load_default(11))
-
-
-def contact_sheet(evaluation: Evaluation, side: int = 144, columns: int = 4) -> Image.Image:
-    """All pictures of an evaluation, prompt and thought beneath each."""
-    rows = -(-len(evaluation.prompts) // columns)
-    sheet = Image.new("RGB", (columns * (side + 16) + 16, rows * (side + CAPTION) + 16), PAPER)
-    for index in range(len(evaluation.prompts)):
-        place = (16 + index % columns * (side + 16), 16 + index // columns * (side + CAPTION))
-        _cell(sheet, place, side, evaluation, index)
+def strip(evaluation: Evaluation, index: int, side: int = 144, *, judged: bool = False) -> Image.Image:
+    """One episode as a row of pictures with the words beneath, the prompt under the first; `judged` frames what it drew by its reward."""
+    shown = panels(evaluation, index)
+    sheet = Image.new("RGB", (len(shown) * (side + GAP), side + CAPTION), PAPER)
+    pen, wide = ImageDraw.Draw(sheet), side // 5 - 2
+    for number, panel in enumerate(shown):
+        left = GAP // 2 + number * (side + GAP)
+        if panel.picture is not None:
+            if judged and not panel.source:
+                colour = RIGHT if _is_right(evaluation, index) else WRONG
+                pen.rectangle((left - 4, 0, left + side + 3, side + 7), fill=colour)
+            sheet.paste(enlarge(panel.picture, side), (left, 4))
+        lines = [(line, INK) for line in textwrap.wrap(evaluation.prompts[index].text, wide)[: 3 if panel.source else 2] if number == 0]
+        lines += [(line, USER) for line in textwrap.wrap(panel.user, wide)[:2]]
+        lines += [(line, FAINT) for line in textwrap.wrap(panel.words, wide)[:4]]
+        for row, (line, ink) in enumerate(lines[: (CAPTION - 10) // LINE]):
+            pen.text((left, side + 10 + LINE * row), line, fill=ink, font=ImageFont.load_default(11))
     return sheet
 
 
-def before_and_after(before: Evaluation, after: Evaluation, columns: int = 5, side: int = 144) -> Image.Image:
-    """The same prompts and seeds, before above after, framed green where the reward is 1; prompts taken evenly."""
-    sheet = Image.new("RGB", (columns * (side + 16) + 16, 2 * (side + CAPTION) + 16), PAPER)
-    for column, index in enumerate(spread(len(before.prompts), columns)):
-        for row, evaluation in enumerate((before, after)):
-            _cell(sheet, (16 + column * (side + 16), 16 + row * (side + CAPTION)), side, evaluation, index, judged=True)
+def mosaic(strips: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Strips in rows of `columns`."""
+    width, height = max(strip.width for strip in strips), max(strip.height for strip in strips)
+    sheet = Image.new("RGB", (columns * width + GAP, -(-len(strips) // columns) * height + GAP), PAPER)
+    for index, strip in enumerate(strips):
+        sheet.paste(strip, (GAP // 2 + index % columns * width, GAP // 2 + index // columns * height))
     return sheet
+
+
+def contact_sheet(evaluation: Evaluation, columns: int = 4) -> Image.Image:
+    """All episodes of an evaluation; those of several pictures one below the other."""
+    strips = [strip(evaluation, index) for index in range(len(evaluation.prompts))]
+    return mosaic(strips, min(columns, len(strips)) if all(len(panels(evaluation, i)) == 1 for i in range(len(strips))) else 1)
+
+
+def before_and_after(before: Evaluation, after: Evaluation, episodes: int = 5) -> Image.Image:
+    """The same prompts and seeds, before above after (of several pictures: before beside after), framed green where the reward is met; prompts taken evenly."""
+    chosen = spread(len(before.prompts), episodes)
+    pairs = [[strip(evaluation, index, judged=True) for index in chosen] for evaluation in (before, after)]
+    if all(len(panels(evaluation, index)) == 1 for evaluation in (before, after) for index in chosen):
+        return mosaic([*pairs[0], *pairs[1]], len(chosen))
+    return mosaic([strip for pair in zip(*pairs, strict=True) for strip in pair], 2)
 
 
 def spread(count: int, picks: int) -> list[int]:

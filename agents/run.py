@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from agents.checkpoint import checkpoints
 from agents.display import Display
@@ -102,15 +103,25 @@ class Run:
     def _measure_before(self) -> dict[str, Evaluation]:
         """The first weights on the held-out split, kept for the report of a resumed run."""
         found = self._evaluate()
-        tensors = {f"{name}.{part}": getattr(evaluation, part) for name, evaluation in found.items() for part in ("images", "reward")}
+        tensors: dict[str, Tensor] = {}
+        for name, evaluation in found.items():
+            tensors[f"{name}.reward"], tensors[f"{name}.pictures"] = evaluation.reward, torch.cat(evaluation.pictures)
+            tensors |= {f"{name}.components.{part}": values for part, values in evaluation.components.items()}
         write_tensors(tensors, self.folder / "before.safetensors")
-        write_json({name: evaluation.texts for name, evaluation in found.items()}, self.folder / "before.json")
+        said = {name: {"rounds": e.rounds, "drawn": [len(drawn) for drawn in e.pictures]} for name, e in found.items()}
+        write_json(said, self.folder / "before.json")
         return found
 
     def _read_before(self) -> dict[str, Evaluation]:
-        tensors, texts = read_tensors(self.folder / "before.safetensors"), json.loads((self.folder / "before.json").read_text())
-        prompts = self.trainer.held_out()
-        return {name: Evaluation(prompts, said, tensors[f"{name}.images"], tensors[f"{name}.reward"], {}) for name, said in texts.items()}
+        tensors, told = read_tensors(self.folder / "before.safetensors"), json.loads((self.folder / "before.json").read_text())
+
+        def evaluation(name: str, rounds: list[list[str]], drawn: list[int]) -> Evaluation:
+            start = f"{name}.components."
+            components = {key.removeprefix(start): values for key, values in tensors.items() if key.startswith(start)}
+            pictures = list(tensors[f"{name}.pictures"].split(drawn))
+            return Evaluation(self.trainer.held_out(), rounds, pictures, tensors[f"{name}.reward"], components)
+
+        return {name: evaluation(name, **said) for name, said in told.items()}
 
     def _read_curve(self) -> list[tuple[int, float]]:
         """Held-out accuracy by iteration, as far as the run has come."""
@@ -143,6 +154,8 @@ class Run:
             "held_out_prompts": len(after["sampled"].prompts),
             "seed": settings.trainer.seed,
             "threads": torch.get_num_threads(),
+            "components_before": before["sampled"].means,
+            "components_after": after["sampled"].means,
             "accuracy_by_kind_before": before["sampled"].by("kind"),
             "accuracy_by_kind_after": after["sampled"].by("kind"),
         }
@@ -155,5 +168,8 @@ class Run:
             "accuracy", f"{summary['accuracy_before']:.3f} → [bold]{summary['accuracy_after']:.3f}[/bold]  (held-out prompts, sampled text)"
         )
         line("greedy accuracy", f"{summary['greedy_accuracy_before']:.3f} → [bold]{summary['greedy_accuracy_after']:.3f}[/bold]")
+        for name, value in summary["components_after"].items():
+            if value != summary["accuracy_after"]:
+                line(name, f"{summary['components_before'][name]:.3f} → {value:.3f}")
         line("training", f"{summary['seconds_training']:.0f} s, {summary['episodes']} episodes")
         line("report", str(self.folder / REPORT))

@@ -27,7 +27,7 @@ from agents.evaluation import Evaluation, evaluate
 from agents.logs import read_metrics
 from agents.models import TINY, load_model
 from agents.models.files import WEIGHTS, write_json, write_tensors
-from agents.run import CURVE, run
+from agents.run import CURVE, SUMMARY, run
 from agents.supervised import SupervisedSettings, train_supervised
 from agents.trainer import Trainer, build_guidance, build_variant
 from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
@@ -50,7 +50,7 @@ class Row:
         seeds: how many runs.
         start: (row, iteration of 120, scaled to the plan): begin with that row's weights of the same seed; 0: what a row of `lessons` left.
         lessons: supervised updates by the recipe of the shipped weights, without thoughts, in place of a config.
-        study: which part of the page it belongs to: table, guidance, penalty, kernels or text.
+        study: which part of the page it belongs to: table, guidance, penalty, process, rounds, kernels or text.
     """
 
     key: str
@@ -82,6 +82,11 @@ ROWS: tuple[Row, ...] = (
     Row("proxy_latent_kl", "latent KL", "unigrpo_latent_kl", None, PROXY, study="penalty"),
     Row("proxy_velocity", "velocity MSE", "unigrpo", None, PROXY, study="penalty"),
     Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
+    Row("process_reward", "UniGRPO with a process reward", "process_reward", None, seeds=3, study="process"),
+    Row("edit", "Edit", "edit", None, seeds=3, study="rounds"),
+    Row("reflect", "Reflect", "reflect", None, seeds=3, study="rounds"),
+    Row("story", "Story", "story", None, seeds=3, study="rounds"),
+    Row("dialogue", "Dialogue", "dialogue", None, seeds=3, study="rounds"),
     Row("base_no_thinking", "shipped model, taught to draw without a thought", "", (0.6810, 0.78), lessons=1500),
     Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83), start=("base_no_thinking", 0)),
     Row("flow_grpo_no_thinking", "FlowGRPO", "flow_grpo_no_thinking", (0.8112, 0.88), start=("base_no_thinking", 0)),
@@ -216,7 +221,7 @@ def play(job: Job) -> None:
     if job.row.lessons:
         steps = max(2, job.row.lessons * job.plan.iterations // 120)
         recipe = SupervisedSettings(steps=steps, silent=1.0, drills=0.0, seed=job.seed)
-        train_supervised(model, build_variant(config.env), recipe, first_lesson=SupervisedSettings.steps)
+        train_supervised(model, [(build_variant(config.env), 1.0)], recipe, first_lesson=SupervisedSettings.steps)
         model.save_pretrained(place / "model")
     if job.row.config:
         if checkpoints(place / "checkpoints"):
@@ -230,7 +235,11 @@ def play(job: Job) -> None:
             write_json({"iteration": trainer.iteration, "error": str(error)}, place / DIVERGED)
             trainer.save()
         model = load_model(str(latest_checkpoint(place) / "model"))
-    found, strip = measure(model, config, job.plan.prompts)
+    found, strip = (measure if job.row.study != "rounds" else measure_rounds)(model, config, job.plan.prompts)
+    if (place / SUMMARY).is_file():
+        summary = json.loads((place / SUMMARY).read_text())
+        found["before"] = {name: summary[f"{name}_before"] for name in ("accuracy", "greedy_accuracy", "components")}
+        found["seconds"] = summary["seconds_training"]
     write_tensors({"images": strip.images[:8], "reward": strip.reward[:8]}, place / STRIP)
     curve = json.loads((place / CURVE).read_text()) if (place / CURVE).is_file() else []
     texts = {"prompts": [prompt.text for prompt in strip.prompts[:8]], "texts": strip.texts[:8]}
@@ -242,24 +251,35 @@ def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], E
     """The page's measures of a model, and its sampled answers.
 
     `accuracy`: strict, sampled text; `greedy`: greedy text; `graded`: share of requirements met; `thought`: share of thoughts whose layout is right;
-    `crispness`: see `rewards.shapes`; `foreign`: strict, on kinds of prompt that training has none of; `guided`: strict, at guidance 2;
+    `lucky`: among right pictures, the share whose thought was wrong; `crispness`: see `rewards.shapes`; `foreign`: strict, on kinds of prompt that training has none of; `guided`: strict, at guidance 2;
     `by_kind`: strict, for each kind.
     """
     variant = build_variant(config.env, reward="shapes + 0 * shapes_thought + 0 * crispness")
     held_out = ShapesTask(PROMPT_KINDS).prompts("test", prompts, config.evaluation.seed)
     foreign = ShapesTask(FOREIGN_KINDS).prompts("test", prompts, config.evaluation.seed)
     sampled = evaluate(model, variant, held_out)
-    parts = {name: float(values.nanmean()) for name, values in sampled.components.items()}
+    parts = sampled.means
+    right = sampled.components["shapes"] == 1
     return {
         "accuracy": sampled.accuracy,
         "greedy": evaluate(model, variant, held_out, temperature=0.0).accuracy,
         "graded": parts["shapes/score"],
         "thought": parts["shapes_thought"] if variant.rules.text_budget else None,
+        "lucky": float((1 - sampled.components["shapes_thought"])[right].mean()) if variant.rules.text_budget and right.any() else None,
         "crispness": parts["crispness"],
         "foreign": evaluate(model, variant, foreign).accuracy,
         "guided": evaluate(model, variant, held_out, guidance=build_guidance(config.guidance, 2.0)).accuracy,
         "by_kind": sampled.by("kind"),
     }, sampled
+
+
+def measure_rounds(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], Evaluation]:
+    """The measures of a scenario of several pictures: `accuracy`, `greedy` and `by_kind` by its own verifier, `parts` of its reward."""
+    variant = build_variant(config.env, reward=config.evaluation.reward)
+    held_out = variant.task.prompts("test", prompts, config.evaluation.seed)
+    sampled = evaluate(model, variant, held_out)
+    greedy = evaluate(model, variant, held_out, temperature=0.0)
+    return {"accuracy": sampled.accuracy, "greedy": greedy.accuracy, "by_kind": sampled.by("kind"), "parts": sampled.means}, sampled
 
 
 def run_tables(
@@ -331,4 +351,4 @@ def results(every: Sequence[Job]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-__all__ = ["QUICK", "ROWS", "Job", "Plan", "Row", "jobs", "measure", "play", "results", "run_tables"]
+__all__ = ["QUICK", "ROWS", "Job", "Plan", "Row", "jobs", "measure", "measure_rounds", "play", "results", "run_tables"]

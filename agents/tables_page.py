@@ -70,6 +70,10 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
     if studies["penalty"]:
         _draw_hacking(found, studies["penalty"], folder / "tables_hacking.png")
         parts += _penalties(found, studies["penalty"])
+    if studies["process"]:
+        parts += _process(found, base + studies["process"])
+    if studies["rounds"]:
+        parts += _rounds(found, studies["rounds"])
     for study, title in (("kernels", "Stochastic steps, windows, ratio"), ("text", "Words and batches")):
         if studies[study]:
             parts += _changes(found, title, base + studies[study])
@@ -91,7 +95,7 @@ def _set_up(plan: Plan) -> str:
         f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons), {plan.prompts} held-out prompts. "
         f"Rows without thinking start from weights that were taught to draw without a thought, in {lessons} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
-        "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row was swept. One picture an episode, ten denoising steps. "
+        "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row was swept. One picture an episode unless it says more, ten denoising steps. "
         f"± is half the range over seeds; the standard error of one accuracy is at most {0.5 / plan.prompts**0.5:.2f}."
     )
 
@@ -138,6 +142,51 @@ def _penalties(found: Results, rows: Sequence[Row]) -> list[str]:
             [cells(row, run) for row in rows for run in found[row.key]],
         ),
         "![Proxy and strict accuracy over iterations](tables_hacking.png)",
+    ]
+
+
+def _process(found: Results, rows: Sequence[Row]) -> list[str]:
+    marks = sorted(set.intersection(*({at for at, _ in run["curve"]} for row in rows for run in found[row.key])))
+    curves = [[spread([dict(map(tuple, run["curve"]))[at] for run in found[row.key]]) for at in marks] for row in rows]
+    names = ("greedy", "thought", "lucky")
+    return [
+        "## A reward for the thought",
+        "Paid before the picture is drawn, and learnt from by the thought alone (`algorithm.credit=onward`). *lucky*: among right pictures, the share whose thought was wrong.",
+        table(
+            ["trained", "seeds", *(f"accuracy at {at}" for at in marks), *names],
+            [[row.title, str(len(found[row.key])), *curve, *_measured(found, row, names)] for row, curve in zip(rows, curves, strict=True)],
+        ),
+    ]
+
+
+def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
+    def change(run: dict[str, Any], before: str, after: str) -> str:
+        return f"{run['measures']['before'][before]:.3f} → {run['measures'][after]:.3f}"
+
+    cells = [
+        [
+            row.title,
+            str(seed),
+            change(run, "accuracy", "accuracy"),
+            change(run, "greedy_accuracy", "greedy"),
+            f"{run['measures']['seconds']:.0f} s",
+        ]
+        for row in rows
+        for seed, run in enumerate(found[row.key])
+    ]
+    parts = [
+        [row.title, name.split("/")[-1], *(f"{run['measures']['before']['components'][name]:.3f} → {value:.3f}" for run, value in runs)]
+        for row in rows
+        for name in found[row.key][0]["measures"]["parts"]
+        if (runs := [(run, run["measures"]["parts"][name]) for run in found[row.key]])
+    ]
+    seeds = max(len(found[row.key]) for row in rows)
+    parts = [line + [""] * (2 + seeds - len(line)) for line in parts]
+    return [
+        "## Several pictures",
+        "Each scenario by its own verifier, from the shipped weights to the last ones. What the parts of a reward mean stands in variants.md.",
+        table(["scenario", "seed", "sampled words", "greedy words", "training"], cells),
+        table(["scenario", "part, sampled words", *(f"seed {seed}" for seed in range(seeds))], parts),
     ]
 
 

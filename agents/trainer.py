@@ -29,20 +29,21 @@ from agents.flow import Window
 from agents.guidance import Guidance
 from agents.loss import UniGRPOLoss, forward_points, window_flow_loss, window_means
 from agents.models import UnifiedModel, load_model
-from agents.objectives import group_advantage, groups_with_signal
+from agents.objectives import group_advantage, groups_with_signal, stage_returns
 from agents.refl import LatentScore
-from agents.supervised import lessons, supervised_losses
-from rewards import EpisodeBatch, UnscoredError
+from agents.supervised import teach, teacher
+from rewards import UnscoredError
 from unigrpo_env.episodes import Variant
-from unigrpo_env.flow_time import shift_time
-from unigrpo_env.tasks import Prompt, PromptFile
+from unigrpo_env.tasks import Prompt, PromptFile, episodes_of
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)
 
 METRICS = {
-    "reward": "mean reward of the iteration's episodes",
+    "reward": "mean reward of the iteration's episodes, at their end",
+    "thought_reward": "mean of what an episode was paid for its thoughts",
+    "round_reward": "mean of what it was paid for its pictures on the way",
     "signal": "share of groups whose rewards differ; the others have advantage 0",
     "unscored": "share of episodes that the reward could not score",
     "thought_length": "mean number of tokens the policy chose, an episode",
@@ -69,7 +70,8 @@ def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
         for name in ("prompt_budget", "text_budget", "image_steps", "time_shift")
         if getattr(settings, name) is not None
     }
-    variant = make_variant(settings.variant, reward=reward or settings.reward or None, **rules)
+    rewards = {"reward": reward or settings.reward, "thought_reward": settings.thought_reward, "round_reward": settings.round_reward}
+    variant = make_variant(settings.variant, **{name: value or None for name, value in rewards.items()}, **rules)
     return variant if settings.prompts is None else dataclasses.replace(variant, task=PromptFile(settings.prompts))
 
 
@@ -116,10 +118,10 @@ class Trainer:
         )
         self.collector = Collector(self.env, actor, trainer.group_size, shared_noise=algorithm.shared_noise)
         rules = self.variant.rules
-        if rules.stored_images and (algorithm.method == "sft" or (algorithm.image_weight and algorithm.image_objective != "flow_grpo")):
+        if rules.stored_images and algorithm.method == "rl" and algorithm.image_weight and algorithm.image_objective != "flow_grpo":
             raise ValueError(
-                f"expected a variant of one picture and no sources for {algorithm.method!r} with {algorithm.image_objective!r}, got {config.env.variant!r}; "
-                "those learn by rl with flow_grpo"
+                f"expected a variant of one picture and no sources for {algorithm.image_objective!r}, got {config.env.variant!r}; "
+                "those learn by flow_grpo, or from lessons"
             )
         legal = torch.stack([rules.legal_tokens(), rules.legal_tokens(after_image=True)]).to(config.model.device)
         self.score = LatentScore(self.variant, algorithm.refl_reward, trainer.max_unscored)
@@ -178,25 +180,21 @@ class Trainer:
 
     def _learn_lessons(self, seed: int) -> dict[str, float]:
         """Supervised: as many lessons as there would be episodes, in as many updates."""
-        settings, trainer, size = self.config.algorithm, self.config.trainer, self.env.num_envs
-        thinks = self.variant.rules.text_budget > 0
-        prompts, thoughts, pictures, latents = lessons(self.variant, size, seed, clean=settings.clean_lessons)
-        generator = torch.Generator().manual_seed(seed)
-        t = shift_time(torch.rand(size, generator=generator), self.variant.rules.time_shift)
-        noise = torch.randn(latents.shape, generator=generator)
-        latents, t, noise = (tensor.to(self.config.model.device) for tensor in (latents, t, noise))
+        settings, trainer = self.config.algorithm, self.config.trainer
+        lessons = teacher(self.variant).lessons(self.env.num_envs, seed, clean=settings.clean_lessons)
+        if self.variant.rules.text_budget == 0:
+            lessons = [lesson.silent() for lesson in lessons]
+        generator, size = torch.Generator().manual_seed(seed), len(lessons) // trainer.minibatches
         metrics: dict[str, float] = {}
-        for rows in torch.arange(size).chunk(trainer.minibatches):
-            told = [thoughts[row] if thinks else None for row in rows.tolist()]
-            asked = [prompts[row] for row in rows.tolist()]
-            text, image = supervised_losses(self.model, self.variant, asked, told, latents[rows], t[rows], noise[rows])
+        for start in range(0, len(lessons), size):
+            part = lessons[start : start + size]
+            text, image = teach(self.model, self.variant, part, generator, self.variant.rules.time_shift)
             self.optimizer.zero_grad()
             losses = {"loss_text": settings.text_weight * text, "loss_image": settings.image_weight * image}
             (losses["loss_text"] + losses["loss_image"]).backward()
             for name, value in ({name: float(loss.detach()) for name, loss in losses.items()} | self._step()).items():
                 metrics[name] = metrics.get(name, 0.0) + value / trainer.minibatches
-        batch = EpisodeBatch([p.text for p in prompts], thoughts if thinks else [""] * size, pictures, [p.metadata for p in prompts])
-        return metrics | {"reward": float(self.env.episodes.reward(batch).reward.nanmean())}
+        return metrics | {"reward": float(self.env.episodes.reward(episodes_of(lessons)).reward.nanmean())}
 
     def _gather(self, seed: int) -> tuple[TensorDict, dict[str, float]]:
         """Collect and compare; with dynamic sampling "replace", collect again for the groups without signal."""
@@ -219,23 +217,45 @@ class Trainer:
         return episodes, metrics
 
     def _compare(self, episodes: TensorDict) -> tuple[Tensor, dict[str, float]]:
-        """Give every episode its advantage, equation (1), and say whether it counts; returns which groups have signal, `[groups]` bool, and metrics."""
-        reward, group = episodes["reward"], episodes["group"]
-        unscored = float(reward.isnan().float().mean())
+        """Give every episode its advantage, equation (1), and say whether it counts; returns which groups have signal, `[groups]` bool, and metrics.
+
+        `returns`, kept beside it, is what the advantage was taken from: one number an episode, or one a stage; see `algorithm.credit`.
+        """
+        reward, group = episodes["reward"], episodes["group"].flatten()
+        parts = [episodes.get(name, torch.zeros_like(episodes["window_times"][..., :0])) for name in ("thought_reward", "round_reward")]
+        total = reward + sum(part.sum(-1) for part in parts)
+        unscored = float(total.isnan().float().mean())
         if unscored > self.config.trainer.max_unscored or unscored == 1:
             raise UnscoredError(
-                f"{round(unscored * reward.numel())} of {reward.numel()} episodes could not be scored: the reward returned NaN or infinity for them. "
+                f"{round(unscored * total.numel())} of {total.numel()} episodes could not be scored: the reward returned NaN or infinity for them. "
                 "Mend the reward, or raise trainer.max_unscored if so many failures are to be expected"
             )
-        episodes["advantage"] = group_advantage(reward.flatten(), group.flatten()).view_as(reward)
-        episodes["counts"] = ~reward.isnan()
-        signal = groups_with_signal(reward.flatten(), group.flatten())
-        return signal, {
+        episodes["returns"] = total if self.config.algorithm.credit == "episode" else self._stage_returns(episodes)
+        stages = episodes["returns"].flatten(0, 1).view(len(group), -1).unbind(1)
+        episodes["advantage"] = torch.stack([group_advantage(stage, group) for stage in stages], 1).view_as(episodes["returns"])
+        episodes["counts"] = ~total.isnan()
+        signal = torch.stack([groups_with_signal(stage, group) for stage in stages]).any(0)
+        paid = {
+            name: float(part.sum(-1).nanmean())
+            for name, part in zip(("thought_reward", "round_reward"), parts, strict=True)
+            if part.numel()
+        }
+        return signal, paid | {
             "reward": float(reward.nanmean()),
             "signal": float(signal.float().mean()),
             "unscored": unscored,
             "thought_length": float(episodes["chosen_mask"].sum(-1).float().mean()),
         }
+
+    def _stage_returns(self, episodes: TensorDict) -> Tensor:
+        """`stage_returns` of groups of episodes, `[groups, group_size, 2 R]`."""
+        flat, rounds = episodes.flatten(0, 1), self.variant.rules.image_budget
+        nothing = torch.zeros(len(flat), rounds, device=flat.device)
+        begun = torch.ones_like(flat["images_drawn"])
+        if rounds > 1:
+            begun = 1 + (flat["image_places"][:, 1 - rounds :] >= 0).sum(1)
+        thoughts, pictures = flat.get("thought_reward", nothing), flat.get("round_reward", nothing)
+        return stage_returns(flat["reward"], thoughts, pictures, flat["images_drawn"], begun).view(*episodes.batch_size, -1)
 
     @torch.no_grad()
     def _recompute(self, parts: list[TensorDict]) -> None:

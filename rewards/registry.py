@@ -123,6 +123,7 @@ for _name, _place in {
     "edit": "rewards.rounds:edit",
     "story": "rewards.rounds:story",
     "dialogue": "rewards.rounds:dialogue",
+    "reflect": "rewards.rounds:reflect",
     "extra_pictures": "rewards.rounds:extra_pictures",
     "brevity": "rewards.text:brevity",
     "toy": "rewards.toy:toy",

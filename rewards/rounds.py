@@ -92,6 +92,21 @@ def dialogue(episodes: EpisodeBatch) -> dict[str, Tensor]:
     return _scored(episodes, "edits", verdict)
 
 
+def reflect(episodes: EpisodeBatch) -> dict[str, Tensor]:
+    """1 if the last picture meets every requirement.
+
+    Logged beside it: `first`, whether the first picture does; `kept`, whether the episode ended with a first picture that does; `content`, the same of one that does not.
+    """
+    known = [index for index, metadata in enumerate(episodes.metadata) if "objects" in metadata]
+    found = {name: torch.full((len(episodes),), torch.nan) for name in ("reward", "first", "kept", "content")}
+    for row in known:
+        pictures = episodes.pictures[row]
+        first, last = (judge(layout, episodes.metadata[row]).strict for layout in read(pictures[[0, -1]]).tolist())
+        found["reward"][row], found["first"][row] = last, first
+        found["kept"][row], found["content"][row] = (float(len(pictures) == 1 and first == right) for right in (1, 0))
+    return found
+
+
 def extra_pictures(episodes: EpisodeBatch) -> Tensor:
     """Pictures beyond the first: the price of trying again, to be taken with a small negative weight."""
     return torch.tensor([float(max(len(pictures) - 1, 0)) for pictures in episodes.pictures] or [0.0] * len(episodes))

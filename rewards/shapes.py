@@ -159,8 +159,8 @@ def verdicts(episodes: EpisodeBatch) -> list[Verdict | None]:
 
 
 def read_words(text: str) -> list[int] | None:
-    """The layout that a thought such as `two : red circle top , red circle left` describes; None if it describes none."""
-    layout = [0] * (GRID * GRID)
+    """The layout that a thought such as `two : red circle top , red circle left` describes; None if it describes none. A verdict before it is passed over."""
+    layout, text = [0] * (GRID * GRID), text.removeprefix("right-picture ").removeprefix("wrong-picture ")
     for part in text.partition(" : ")[2].split(" , ") if " : " in text else text.split(" , "):
         words = part.split()
         if len(words) != 3 or (words[0], words[1]) not in KINDS or words[2] not in PLACES or layout[PLACES.index(words[2])]:
@@ -170,8 +170,12 @@ def read_words(text: str) -> list[int] | None:
 
 
 def shapes_thought(episodes: EpisodeBatch) -> Tensor:
-    """1 if the layout that the thought describes meets every requirement, whatever was drawn; 0 if it describes none."""
-    layouts = [read_words(text) for text in episodes.texts]
+    """1 if the layout that the thought (of several: the last that has a picture or waits for one) describes meets every requirement, whatever was drawn; 0 if it describes none."""
+    thoughts = episodes.texts
+    if episodes.rounds:
+        # A verdict alone ends an episode; the thought is what came before it.
+        thoughts = [said[-2] if len(said) > 1 and said[-1] == "right-picture" else said[-1] for said in episodes.rounds]
+    layouts = [read_words(text) for text in thoughts]
     return torch.tensor(
         [
             judge(layout or [UNREADABLE], known).strict if "objects" in known else torch.nan

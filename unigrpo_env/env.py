@@ -54,8 +54,9 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     also `text`, `components` (name to float) and `unscored`.
 
     ## Rewards
-    0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN, with `info["unscored"]`, where it could
-    not say. An episode that ends without a picture gets the lowest reward.
+    By default 0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN, with `info["unscored"]`, where it could
+    not say. An episode that ends without a picture gets the lowest reward. A variant may also pay for each thought, in the step that opens its image, and for each
+    picture, in the step that finishes it. In a step that pays, `info["paid"]` has the parts: `thought_reward`, `round_reward`, `reward` at the end.
 
     ## Starting State
     `reset(seed=...)` draws a training prompt from the task; `options={"prompt": "..."}` names one (a `Prompt`, where it has sources or turns). The noise x_1 depends on the seed alone.
@@ -64,7 +65,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     `terminated` when the last image is done, when `end_id` was said (in variants that have it), or when a user who speaks has no more to say. Never `truncated`: use Gymnasium's `TimeLimit`.
 
     ## Arguments
-    `variant`: a registered name or a `Variant`. `reward`: a registered name, a callable or weights by name; the variant's own if left out.
+    `variant`: a registered name or a `Variant`. `reward`: a registered name, a callable or weights by name; the variant's own if left out; likewise `thought_reward` and `round_reward`.
     `render_mode`: `"rgb_array"` or None. Further arguments go to the variant's maker: `text_budget`, `image_steps`, `time_shift`, for most `task`, ...
 
     ## Version History
@@ -113,6 +114,8 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
             info["text"] = self.episodes.texts([0])[0]
             info["components"] = {name: float(values[0]) for name, values in result.components.items()}
             info["unscored"] = bool(result.reward[0].isnan())
+        if result.paid:
+            info["paid"] = {name: float(values[0]) for name, values in result.paid.items()}
         return self._observation(), float(result.reward[0]), ended, False, info
 
     def render(self) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from rewards import EpisodeBatch, Reward, WeightedReward
-from unigrpo_env.mdp import EpisodeState, Rules, check_action, transition, whose_turn
+from unigrpo_env.mdp import EpisodeState, Phase, Rules, check_action, transition, whose_turn
 from unigrpo_env.tasks import Prompt, Task
 
 
@@ -42,7 +42,9 @@ class Variant:
         task: the source of prompts.
         tokenizer: text to tokens and back.
         decode: latents to pictures.
-        reward: a registered name, a callable, or weights by name.
+        reward: of a finished episode: a registered name, a callable, or weights by name.
+        thought_reward: the same for a thought, paid when it opens its image, before that is drawn; None for none.
+        round_reward: the same for a picture, paid when it is drawn; None for none. Both see the episode as far as it has come.
         lowest_reward: of an episode that ends without a picture; no picture may be worth less, or leaving becomes the exploit.
         system_prompt: a text segment of its own before every prompt.
     """
@@ -54,6 +56,8 @@ class Variant:
     reward: str | Reward | Mapping[str, float]
     lowest_reward: float = 0.0
     system_prompt: str = ""
+    thought_reward: str | Reward | Mapping[str, float] | None = None
+    round_reward: str | Reward | Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,18 @@ class StepResult:
     """What a step brought, beyond the new state.
 
     Attributes:
-        reward: `[N]` float32: 0, but for rows that ended in this step; NaN if such a row could not be scored.
+        reward: `[N]` float32, all that was paid in this step: at the end, for a thought, for a picture; 0 for rows that were paid nothing, NaN for one that could
+            not be scored.
         ended: the rows that ended in this step, int64 indices, on the CPU.
-        components: named parts of the reward, `[N]` float32, NaN elsewhere.
+        components: named parts of the reward at the end, `[N]` float32, NaN elsewhere.
+        paid: the parts of `reward`, `[N]` float32 each, 0 elsewhere: `reward` at the end, `thought_reward` and `round_reward` on the way; those that paid nobody in
+            this step are left out.
     """
 
     reward: Tensor
     ended: Tensor
     components: dict[str, Tensor] = field(default_factory=dict)
+    paid: dict[str, Tensor] = field(default_factory=dict)
 
 
 def different(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -90,6 +98,8 @@ class Episodes:
             raise ValueError(f"expected at least one episode, got {rows=}")
         self.variant, self.rules = variant, variant.rules
         self.reward = WeightedReward(variant.reward)
+        on_the_way = {"thought_reward": variant.thought_reward, "round_reward": variant.round_reward}
+        self.on_the_way = {name: WeightedReward(reward) for name, reward in on_the_way.items() if reward is not None}
         self.state = EpisodeState.empty(rows, self.rules, device)
         self.prompts: list[Prompt | None] = [None] * rows
         self.begun = False
@@ -188,60 +198,85 @@ class Episodes:
             raise ResetNeeded("step() before reset(): call env.reset() first")
         turn = whose_turn(state, active)
         check_action(state, self.rules, token, latent, turn)
+        drawn_before = state.images_drawn.clone() if self.on_the_way else state.images_drawn
         ended = transition(state, self.rules, token, latent, turn).cpu()
-        reward = torch.zeros(len(active))
-        if len(ended) == 0:
-            return StepResult(reward, ended)
-        has_image = state.images_drawn.cpu()[ended] > 0
-        reward[ended[~has_image]] = self.variant.lowest_reward
-        rows = ended[has_image]
-        if len(rows) == 0:
-            return StepResult(reward, ended)
-        scores = self.reward(self.finished(rows.tolist()))
-        reward[rows] = scores.reward
-        unknown = torch.full_like(reward, torch.nan)
-        return StepResult(reward, ended, {name: unknown.index_put((rows,), values) for name, values in scores.components.items()})
+        nothing = torch.zeros(len(active))
+        paid: dict[str, Tensor] = {}
+        components: dict[str, Tensor] = {}
+        if self.on_the_way:
+            opened = turn.text[(state.phase[turn.text] == Phase.IMAGE).nonzero()[:, 0]]
+            drawn = (state.images_drawn > drawn_before).nonzero()[:, 0]
+            for name, rows in (("thought_reward", opened.cpu()), ("round_reward", drawn.cpu())):
+                if name in self.on_the_way and len(rows):
+                    paid[name] = nothing.index_put((rows,), self.on_the_way[name](self.so_far(rows.tolist())).reward)
+        if len(ended):
+            has_image = state.images_drawn.cpu()[ended] > 0
+            rows = ended[has_image]
+            paid["reward"] = nothing.index_put((ended[~has_image],), torch.tensor(self.variant.lowest_reward))
+            if len(rows):
+                scores = self.reward(self.finished(rows.tolist()))
+                paid["reward"][rows] = scores.reward
+                unknown = torch.full_like(nothing, torch.nan)
+                components = {name: unknown.index_put((rows,), values) for name, values in scores.components.items()}
+        return StepResult(sum(paid.values(), nothing), ended, components, paid)
 
     def finished(self, rows: Sequence[int]) -> EpisodeBatch:
-        """The episodes `rows` as a reward sees them."""
+        """The episodes `rows` as a reward at the end sees them."""
+        return self._batch(rows, self.variant.decode(self.state.latent[list(rows)]), bool(self.rules.stored_images))
+
+    def so_far(self, rows: Sequence[int]) -> EpisodeBatch:
+        """The episodes `rows` as a reward on the way sees them: `images` are the last finished pictures, black before the first."""
+        blank = torch.zeros_like(self.variant.decode(self.state.latent[:1]))
+        return self._batch(rows, torch.cat([drawn[-1:] if len(drawn) else blank for drawn in self.pictures(rows)]), True)
+
+    def _batch(self, rows: Sequence[int], images: Tensor, whole: bool) -> EpisodeBatch:
         prompts = [cast(Prompt, self.prompts[row]) for row in rows]
         batch = EpisodeBatch(
             prompts=[prompt.text for prompt in prompts],
             texts=self.texts(rows),
-            images=self.variant.decode(self.state.latent[list(rows)]),
+            images=images,
             metadata=[prompt.metadata for prompt in prompts],
         )
-        if self.rules.stored_images:
-            batch.pictures.extend(self.pictures(row) for row in rows)
-            batch.rounds.extend(self.rounds(row) for row in rows)
-            batch.sources.extend(torch.stack(list(prompt.sources)) if prompt.sources else batch.images[:0] for prompt in prompts)
+        if whole:
+            batch.pictures.extend(self.pictures(rows))
+            batch.rounds.extend(self.rounds(rows))
+            batch.sources.extend(torch.stack(list(prompt.sources)) if prompt.sources else images[:0] for prompt in prompts)
         return batch
 
-    def pictures(self, row: int) -> Tensor:
-        """What a row has drawn and finished, in order, `[drawn, 3, height, width]`."""
+    def pictures(self, rows: Sequence[int]) -> list[Tensor]:
+        """What each row has drawn and finished, in order, `[drawn, 3, height, width]`; decoded in one call."""
         state, first = self.state, self.rules.source_images
-        put_away = int((state.image_places[row, first:] >= 0).sum())
-        latents = state.images[row, first : first + put_away]
-        if put_away < int(state.images_drawn[row]):
-            latents = torch.cat([latents, state.latent[row : row + 1]])
-        return self.variant.decode(latents)
+        index = torch.tensor(list(rows), device=state.phase.device)
+        put_away = (state.image_places[index, first:] >= 0).sum(1).tolist()
+        drawn = state.images_drawn[index].tolist()
+        latents = [
+            torch.cat([state.images[row, first : first + kept], state.latent[row : row + count - kept]])
+            for row, kept, count in zip(rows, put_away, drawn, strict=True)
+        ]
+        return list(self.variant.decode(torch.cat(latents)).split(drawn))
 
-    def rounds(self, row: int) -> list[str]:
-        """What the model said before each of its pictures, and after the last if it went on."""
-        state, decode = self.state, self.variant.tokenizer.decode
-        begins = [at for at in state.round_begins[row].tolist() if at >= 0]
-        places = state.image_places[row, self.rules.source_images :].tolist()
-        ends = [place if place >= 0 else int(state.num_tokens[row]) for place in [*places, -1][: len(begins)]]
-        tokens = state.tokens[row].tolist()
-        return [decode(tokens[begin:end], skip_special_tokens=True) for begin, end in zip(begins, ends, strict=True)]
+    def rounds(self, rows: Sequence[int]) -> list[list[str]]:
+        """What the model said before each of its pictures, and after the last if it went on; a user's words are not among it."""
+        state, index, decode = self.state, list(rows), self.variant.tokenizer.decode
+        said = zip(
+            state.tokens[index].tolist(),
+            state.num_tokens[index].tolist(),
+            state.round_begins[index].tolist(),
+            state.image_places[index, self.rules.source_images :].tolist(),
+            strict=True,
+        )
+        return [
+            [
+                decode(tokens[begin : place if place >= 0 else count], skip_special_tokens=True)
+                for begin, place in zip(begins, [*places, -1], strict=True)
+                if begin >= 0
+            ]
+            for tokens, count, begins, places in said
+        ]
 
     def texts(self, rows: Sequence[int]) -> list[str]:
-        """What the model has written so far, by row; a user's words are not among it."""
-        if self.rules.stored_images:
-            return [" ".join(filter(None, self.rounds(row))) for row in rows]
-        state, decode = self.state, self.variant.tokenizer.decode
-        tokens, begin, end = state.tokens.tolist(), state.prompt_length.tolist(), state.num_tokens.tolist()
-        return [decode(tokens[row][begin[row] : end[row]], skip_special_tokens=True) for row in rows]
+        """All that each row has written so far."""
+        return [" ".join(filter(None, said)) for said in self.rounds(rows)]
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 import zlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 
-from rewards.shapes import COLOURS, GRID, KINDS, SHAPES, draw
-from unigrpo_env.shapes_world import HELD_OUT_SHARE, RELATIONS, make_prompt
-from unigrpo_env.tasks import Prompt
+from rewards.rounds import find
+from rewards.shapes import COLOURS, GRID, KINDS, SHAPES, draw, judge, relation_holds
+from unigrpo_env.shapes_world import CONFUSED, HELD_OUT_SHARE, RELATIONS, Hand, Layout, Plan, ShapesTask, make_plan, make_prompt, rates
+from unigrpo_env.tasks import Lesson, Prompt, Task
 
 Thing = dict[str, Any]
 ACTIONS = ("recolour", "remove", "put")
@@ -64,7 +66,65 @@ def make_edit(layout: list[int], rng: random.Random) -> tuple[str, dict[str, Any
     return f"put {described} {relation} {_name(thing)}", {"action": action, "thing": thing, "new": new_thing, "relation": relation}
 
 
-class _Tries:
+def change(layout: Layout, edit: Mapping[str, Any], rng: random.Random, habit: bool = False) -> Layout:
+    """The layout after an edit, as it is if the edit's thing is not there.
+
+    With `habit` as beginners do it: they take right for left, and where there is no such word to mistake they move something that should stay.
+    """
+    thing, relation = dict(edit["thing"]), edit.get("relation")
+    confused = habit and (relation or thing["side"])
+    if confused and relation:
+        relation = CONFUSED.get(relation, relation)
+    elif confused:
+        thing["side"] = "left" if thing["side"] == "right" else "right"
+    target, after = find(layout, thing), list(layout)
+    if target is None:
+        return after
+    if edit["action"] == "remove":
+        after[target] = 0
+    elif edit["action"] == "recolour":
+        after[target] = 1 + KINDS.index((edit["colour"], KINDS[layout[target] - 1][1]))
+    else:
+        empty = [place for place, cell in enumerate(layout) if cell == 0]
+        room = [place for place in empty if relation_holds(cast(str, relation), place, target)] or empty
+        new = edit["new"]
+        after[rng.choice(room)] = 1 + KINDS.index((new["colour"] or rng.choice(list(COLOURS)), new["shape"]))
+    if habit and not confused:
+        wander(after, rng, but=target)
+    return after
+
+
+def wander(layout: Layout, rng: random.Random, but: int | None = None) -> None:
+    """Move one object, not the one at `but`, to an empty cell, in place."""
+    movable = [place for place, cell in enumerate(layout) if cell and place != but]
+    empty = [place for place, cell in enumerate(layout) if cell == 0 and place != but]
+    if movable and empty:
+        start = rng.choice(movable)
+        layout[rng.choice(empty)], layout[start] = layout[start], 0
+
+
+class _Lessons:
+    """Lessons on a task's own prompts, one at a time."""
+
+    def lesson(
+        self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
+    ) -> tuple[list[str], list[Layout]]:
+        """The words before each picture (and after the last), and the pictures as layouts, with these rates of error."""
+        raise NotImplementedError
+
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> list[Lesson]:
+        """See `unigrpo_env.tasks.Teacher`."""
+        rng = random.Random(f"lessons-{type(self).__name__}-{seed}")
+        prompts = cast(Task, self).prompts("train", count, seed)
+        told = [self.lesson(prompt, rng, *rates(clean)) for prompt in prompts]
+        return [Lesson(prompt, tuple(words), draw(torch.tensor(cells))) for prompt, (words, cells) in zip(prompts, told, strict=True)]
+
+    def drills(self, count: int, seed: int) -> list[Lesson]:
+        """Flawless lessons."""
+        return self.lessons(count, seed + 500_000, clean=True)
+
+
+class _Tries(_Lessons):
     """Prompts by drawing until one falls into the split."""
 
     def attempt(self, rng: random.Random) -> tuple[str, Prompt] | None:
@@ -92,9 +152,46 @@ class EditTask(_Tries):
         made = make_edit(layout, rng)
         if made is None:
             return None
-        text, change = made
+        text, edit = made
         source = draw(torch.tensor([layout]))[0]
-        return f"{text} {layout}", Prompt(text, {"kind": change["action"], "edit": change, "before": layout}, sources=(source,))
+        return f"{text} {layout}", Prompt(text, {"kind": edit["action"], "edit": edit, "before": layout}, sources=(source,))
+
+    def lesson(
+        self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
+    ) -> tuple[list[str], list[Layout]]:
+        plan = Plan.of(change(prompt.metadata["before"], prompt.metadata["edit"], rng, rng.random() < text_habit))
+        return [plan.words()], [Hand.of(rng, image_habit, slip).paint(plan, rng)]
+
+
+class ReflectTask(_Lessons, ShapesTask):
+    """The prompts of one picture, with lessons that look at what was drawn, and draw again or stop.
+
+    The lessons' habit is to be content: most wrong pictures are called right.
+
+    Args:
+        pictures: how many there may be.
+    """
+
+    def __init__(self, pictures: int = 3) -> None:
+        super().__init__()
+        self.pictures = pictures
+
+    def lesson(
+        self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
+    ) -> tuple[list[str], list[Layout]]:
+        words, layouts = list[str](), list[Layout]()
+        verdict = ""
+        while len(layouts) < self.pictures:
+            plan = make_plan(prompt, rng, text_habit, slip)
+            words.append(f"{verdict} {plan.words()}".strip())
+            layouts.append(Hand.of(rng, image_habit, slip).paint(plan, rng))
+            right = judge(layouts[-1], prompt.metadata).strict == 1
+            mistaken = rng.random() < (slip if right else text_habit)
+            verdict = "right-picture" if right != mistaken else "wrong-picture"
+            if verdict == "right-picture" and len(layouts) < self.pictures:
+                words.append(f"{verdict} <end>")
+                break
+        return words, layouts
 
 
 class StoryTask(_Tries):
@@ -112,6 +209,20 @@ class StoryTask(_Tries):
         text = " then ".join(f"a {part['colour']} {part['shape']}" for part in parts)
         return text, Prompt(text, {"kind": f"{self.pictures} pictures", "parts": parts})
 
+    def lesson(
+        self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
+    ) -> tuple[list[str], list[Layout]]:
+        hand, habit = Hand.of(rng, image_habit, slip), rng.random() < text_habit
+        layout, words, layouts = [0] * (GRID * GRID), list[str](), list[Layout]()
+        for part in prompt.metadata["parts"]:
+            if habit:
+                wander(layout, rng)
+            place = rng.choice([place for place, cell in enumerate(layout) if cell == 0])
+            layout[place] = 1 + KINDS.index((part["colour"], part["shape"]))
+            words.append(Plan.of(layout).words())
+            layouts.append(hand.paint(Plan.of(layout), rng))
+        return words, layouts
+
 
 class DialogueTask(_Tries):
     """A prompt of two named objects, and after the picture a change to it. Held out are pairs of prompt and change.
@@ -125,8 +236,17 @@ class DialogueTask(_Tries):
         thing = _thing(None, first["shape"])
         if rng.random() < 0.5:
             new = rng.choice([c for c in COLOURS if c != first["colour"]])
-            turn, change = f"make {_name(thing)} {new}", {"action": "recolour", "thing": thing, "colour": new}
+            turn, edit = f"make {_name(thing)} {new}", {"action": "recolour", "thing": thing, "colour": new}
         else:
-            turn, change = f"remove {_name(thing)}", {"action": "remove", "thing": thing}
-        metadata = dict(prompt.metadata) | {"kind": change["action"], "edits": [change]}
+            turn, edit = f"remove {_name(thing)}", {"action": "remove", "thing": thing}
+        metadata = dict(prompt.metadata) | {"kind": edit["action"], "edits": [edit]}
         return f"{prompt.text} {turn}", Prompt(prompt.text, metadata, turns=(turn,))
+
+    def lesson(
+        self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
+    ) -> tuple[list[str], list[Layout]]:
+        hand = Hand.of(rng, image_habit, slip)
+        first = make_plan(Prompt(prompt.text, {**prompt.metadata, "kind": "attribute"}), rng, text_habit, slip)
+        drawn = hand.paint(first, rng)
+        second = Plan.of(change(drawn, prompt.metadata["edits"][0], rng, rng.random() < text_habit / 2))
+        return [first.words(), second.words()], [drawn, hand.paint(second, rng)]

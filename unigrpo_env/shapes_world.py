@@ -17,15 +17,16 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rewards.shapes import COLOURS, GRID, KINDS, PLACES, SHAPES, draw
-from unigrpo_env.tasks import Prompt
+from unigrpo_env.tasks import Lesson, Prompt
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 OPENINGS = ("", "draw ", "show ", "a picture of ")
 RELATIONS = ("left of", "right of", "above", "below")
+CONFUSED = {"left of": "right of", "right of": "left of", "below": "above"}
+"""What a habit takes a relation for."""
 FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends": 2}
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
 FOREIGN_KINDS = ("three", "mixed", "chain")
@@ -175,6 +176,11 @@ class Plan:
         listed = " , ".join(f"{colour} {shape} {PLACES[place]}" for colour, shape, place in self.objects)
         return listed if self.count is None else f"{NUMBERS[self.count]} : {listed}"
 
+    @classmethod
+    def of(cls, layout: Layout) -> Plan:
+        """The objects of a layout, row by row."""
+        return cls([(*KINDS[cell - 1], place) for place, cell in enumerate(layout) if cell > 0])
+
     def layout(self) -> Layout:
         cells = [0] * (GRID * GRID)
         for colour, shape, place in self.objects:
@@ -205,8 +211,8 @@ def make_plan(prompt: Prompt, rng: random.Random, text_habit: float = 0.0, slip:
         count = metadata["operand"]
     if habit and kind == "corners":
         count = 3 if count != 3 else 2
-    if habit and relation in ("left of", "right of", "below"):
-        relation = {"left of": "right of", "right of": "left of", "below": "above"}[relation]
+    if habit and relation:
+        relation = CONFUSED.get(relation, relation)
     colours = [w["colour"] for w in wanted]
     if habit and kind == "attribute":
         colours.reverse()
@@ -221,16 +227,33 @@ def make_plan(prompt: Prompt, rng: random.Random, text_habit: float = 0.0, slip:
     return Plan(objects, count if counts else None)
 
 
-def misdraw(plan: Plan, rng: random.Random, image_habit: float, slip: float) -> Layout:
-    """The layout that a careless hand paints for a plan: crosses as squares, purple as blue; now and then an object is left out."""
-    cross, purple, forget = rng.random() < image_habit, rng.random() < image_habit, rng.random() < slip
-    objects = [
-        ("blue" if purple and colour == "purple" else colour, "square" if cross and shape == "cross" else shape, place)
-        for colour, shape, place in plan.objects
-    ]
-    if forget:
-        objects.pop(rng.randrange(len(objects)))
-    return Plan(objects).layout()
+@dataclass(frozen=True)
+class Hand:
+    """How one lesson's pictures are painted: a careless hand paints crosses as squares or purple as blue, or leaves an object out."""
+
+    crosses: bool = True
+    purples: bool = True
+    forgets: bool = False
+
+    @classmethod
+    def of(cls, rng: random.Random, image_habit: float, slip: float) -> Hand:
+        crosses, purples, forgets = rng.random() >= image_habit, rng.random() >= image_habit, rng.random() < slip
+        return cls(crosses, purples, forgets)
+
+    def paint(self, plan: Plan, rng: random.Random) -> Layout:
+        """The layout that a plan becomes."""
+        objects = [
+            (colour if self.purples or colour != "purple" else "blue", shape if self.crosses or shape != "cross" else "square", place)
+            for colour, shape, place in plan.objects
+        ]
+        if self.forgets and objects:
+            objects.pop(rng.randrange(len(objects)))
+        return Plan(objects).layout()
+
+
+def rates(clean: bool) -> tuple[float, float, float]:
+    """How often lessons err, by habit in words, by habit in pictures, and at random."""
+    return (0.0, 0.0, 0.0) if clean else (TEXT_HABIT, IMAGE_HABIT, SLIP)
 
 
 class ShapesTask:
@@ -252,21 +275,23 @@ class ShapesTask:
                 found.append(prompt)
         return found
 
-    def drills(self, count: int, seed: int) -> tuple[list[Prompt], list[str], Tensor]:
-        """Flawless free layouts of two to four objects under an open prompt: they teach the hand to follow the words. Returned as by `lessons`."""
+    def drills(self, count: int, seed: int) -> list[Lesson]:
+        """Flawless free layouts of two to four objects under an open prompt: they teach the hand to follow the words."""
         rng = random.Random(f"drills-{seed}")
         plans = []
         for _ in range(count):
             places = sorted(rng.sample(range(GRID * GRID), rng.choice([2, 3, 4])))
             plans.append(Plan([(*rng.choice(KINDS), place) for place in places]))
         prompts = [Prompt(rng.choice(OPENINGS[1:]).strip()) for _ in plans]
-        return prompts, [plan.words() for plan in plans], draw(torch.tensor([plan.layout() for plan in plans]))
+        pictures = draw(torch.tensor([plan.layout() for plan in plans]).view(count, GRID * GRID))
+        return [Lesson(prompt, (plan.words(),), picture[None]) for prompt, plan, picture in zip(prompts, plans, pictures, strict=True)]
 
-    def lessons(self, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor]:
-        """Supervised examples from training prompts: prompts, thoughts, and pictures `[count, 3, 24, 24]` in [0, 1]; `clean` for flawless ones."""
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> list[Lesson]:
+        """See `unigrpo_env.tasks.Teacher`."""
         rng = random.Random(f"lessons-{seed}")
+        text_habit, image_habit, slip = rates(clean)
         prompts = self.prompts("train", count, seed)
-        habits = (0.0, 0.0, 0.0) if clean else (TEXT_HABIT, IMAGE_HABIT, SLIP)
-        plans = [make_plan(prompt, rng, habits[0], habits[2]) for prompt in prompts]
-        layouts = torch.tensor([misdraw(plan, rng, habits[1], habits[2]) for plan in plans])
-        return prompts, [plan.words() for plan in plans], draw(layouts)
+        plans = [make_plan(prompt, rng, text_habit, slip) for prompt in prompts]
+        layouts = [Hand.of(rng, image_habit, slip).paint(plan, rng) for plan in plans]
+        pictures = draw(torch.tensor(layouts).view(count, GRID * GRID))
+        return [Lesson(prompt, (plan.words(),), picture[None]) for prompt, plan, picture in zip(prompts, plans, pictures, strict=True)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+import torch
 from torch import Tensor
+
+from rewards import EpisodeBatch
 
 Split = Literal["train", "test"]
 
@@ -31,11 +34,62 @@ class Prompt:
     turns: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """How a prompt is answered, well or badly: an episode to be imitated.
+
+    Attributes:
+        prompt: what was asked; None: nothing is read.
+        thoughts: the words before each picture, and one more entry if words end the episode; a None is left out.
+        pictures: `[R, 3, height, width]` float32 in [0, 1], at least one.
+    """
+
+    prompt: Prompt | None
+    thoughts: tuple[str | None, ...]
+    pictures: Tensor
+
+    def silent(self) -> Lesson:
+        """The same pictures without a word."""
+        return replace(self, thoughts=(None,) * len(self.pictures))
+
+    def unprompted(self) -> Lesson:
+        """The first picture after nothing: what guidance steers away from."""
+        return Lesson(None, (None,), self.pictures[:1])
+
+
+def episodes_of(lessons: Sequence[Lesson]) -> EpisodeBatch:
+    """Lessons as a reward would see them, had a model played them."""
+    prompts = [cast(Prompt, lesson.prompt) for lesson in lessons]
+    rounds = [[thought or "" for thought in lesson.thoughts] for lesson in lessons]
+    return EpisodeBatch(
+        prompts=[prompt.text for prompt in prompts],
+        texts=[" ".join(filter(None, said)) for said in rounds],
+        images=torch.stack([lesson.pictures[-1] for lesson in lessons]),
+        metadata=[prompt.metadata for prompt in prompts],
+        pictures=[lesson.pictures for lesson in lessons],
+        rounds=rounds,
+        sources=[
+            torch.stack(list(prompt.sources)) if prompt.sources else lesson.pictures[:0]
+            for prompt, lesson in zip(prompts, lessons, strict=True)
+        ],
+    )
+
+
 class Task(Protocol):
-    """A source of prompts."""
+    """A source of prompts. One that can also teach has `lessons`; see `Teacher`."""
 
     def prompts(self, split: Split, count: int, seed: int) -> list[Prompt]:
         """`count` prompts of a split; the same arguments give the same prompts, and the two splits share none."""
+
+
+class Teacher(Task, Protocol):
+    """A task that can also show how it is done."""
+
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> list[Lesson]:
+        """`count` lessons on training prompts; `clean` for flawless ones."""
+
+    def drills(self, count: int, seed: int) -> list[Lesson]:
+        """Flawless lessons to begin with."""
 
 
 class PromptFile:

@@ -8,11 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rewards.toy import LEVELS
-from unigrpo_env.tasks import Prompt
+from unigrpo_env.tasks import Lesson, Prompt
 
 WORDS = ("dark", "light")
 
@@ -32,8 +31,9 @@ class ToyTask:
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
         return [Prompt(WORDS[(seed + index) % 2], {"answer": WORDS[(seed + index) % 2]}) for index in range(count)]
 
-    def lessons(self, count: int, seed: int, *, clean: bool = False) -> tuple[list[Prompt], list[str], Tensor]:
-        """The best answers: the prompt's own word, and pictures `[count, 3, 2, 2]` of its grey."""
-        prompts = self.prompts("train", count, seed)
-        greys = torch.tensor([LEVELS[WORDS.index(prompt.text)] for prompt in prompts])
-        return prompts, [prompt.text for prompt in prompts], greys[:, None, None, None].expand(-1, 3, 2, 2)
+    def lessons(self, count: int, seed: int, *, clean: bool = True) -> list[Lesson]:
+        """The best answers: the prompt's own word, and a picture `[1, 3, 2, 2]` of its grey."""
+        return [
+            Lesson(prompt, (prompt.text,), torch.full((1, 3, 2, 2), LEVELS[WORDS.index(prompt.text)]))
+            for prompt in self.prompts("train", count, seed)
+        ]

@@ -10,7 +10,7 @@ from rewards.registry import Registry
 from unigrpo_env.decoders import PixelDecoder
 from unigrpo_env.episodes import Variant
 from unigrpo_env.mdp import Rules
-from unigrpo_env.rounds_world import DialogueTask, EditTask, StoryTask
+from unigrpo_env.rounds_world import DialogueTask, EditTask, ReflectTask, StoryTask
 from unigrpo_env.shapes_world import ROUND_WORDS, ShapesTask, shapes_tokenizer
 from unigrpo_env.tasks import Task
 from unigrpo_env.toy_task import ToyTask, toy_tokenizer
@@ -28,8 +28,10 @@ def register_variant(name: str) -> Callable[[Callable[..., Variant]], Callable[.
     return register
 
 
-def make_variant(variant: str | Variant, *, reward: Any = None, **arguments: Any) -> Variant:
-    """A variant by name, or as given, with another reward if one is named.
+def make_variant(
+    variant: str | Variant, *, reward: Any = None, thought_reward: Any = None, round_reward: Any = None, **arguments: Any
+) -> Variant:
+    """A variant by name, or as given, with other rewards where some are named; see `Variant`.
 
     Raises:
         ValueError: an unknown name.
@@ -39,7 +41,8 @@ def make_variant(variant: str | Variant, *, reward: Any = None, **arguments: Any
         variant = VARIANTS[variant](**arguments)
     elif arguments:
         raise TypeError(f"got {sorted(arguments)} beside a finished Variant; change the Variant itself with dataclasses.replace")
-    return variant if reward is None else dataclasses.replace(variant, reward=reward)
+    rewards = {"reward": reward, "thought_reward": thought_reward, "round_reward": round_reward}
+    return dataclasses.replace(variant, **{name: value for name, value in rewards.items() if value is not None})
 
 
 def shapes_variant(
@@ -102,9 +105,15 @@ def edit(*, task: Task | None = None, **rules: Any) -> Variant:
 def reflect(*, task: Task | None = None, image_budget: int = 3, price: float = 0.05, **rules: Any) -> Variant:
     """Think, draw, look at the picture, and draw again or stop: the last picture counts, every further one has a price."""
     end = shapes_tokenizer().get_vocab()["<end>"]
-    reward = {"shapes": 1.0, "extra_pictures": -price}
+    reward = {"reflect": 1.0, "extra_pictures": -price}
     variant = shapes_variant(
-        task or ShapesTask(), reward=reward, rounds=True, image_budget=image_budget, end_id=end, end_before_image=False, **rules
+        task or ReflectTask(image_budget),
+        reward=reward,
+        rounds=True,
+        image_budget=image_budget,
+        end_id=end,
+        end_before_image=False,
+        **rules,
     )
     return dataclasses.replace(variant, lowest_reward=-price * (image_budget - 1))
 

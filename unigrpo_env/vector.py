@@ -94,8 +94,9 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
             active: `[N]` bool; the other rows stay as they are, with reward 0. All rows if left out.
 
         Returns:
-            Observation; reward `[N]` float32, paid in the step that ends a row; terminated `[N]` bool, True from then on; truncated, all False; infos: `prompts`, and
-            when rows ended their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name, NaN elsewhere.
+            Observation; reward `[N]` float32, paid in the step that ends a row (and on the way, in variants that do); terminated `[N]` bool, True from then on; truncated, all False; infos: `prompts`, and
+            when rows ended their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name, NaN elsewhere; when something was paid, `paid`, the parts of the reward
+            by name, `[N]` float32 each: `thought_reward`, `round_reward`, `reward` at the end.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -109,6 +110,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         infos = self._info()
         if len(result.ended):
             infos |= {"ended": result.ended, "unscored": result.reward.isnan(), "components": result.components}
+        if result.paid:
+            infos["paid"] = result.paid
         terminated = self.episodes.state.phase == Phase.DONE
         return self._observation(), result.reward, terminated, torch.zeros_like(terminated), infos
 

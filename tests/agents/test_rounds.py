@@ -214,7 +214,7 @@ def test_a_run_over_rounds_stops_and_goes_on(small_bagel, tmp_path):
 
 
 def test_other_objectives_say_that_they_take_one_picture(small_bagel, tmp_path):
-    for config in ("fpo", "sft"):
+    for config in ("fpo", "refl"):
         with pytest.raises(ValueError, match="one picture and no sources"):
             Trainer(load_config(config, ["env.variant=story", f"output.folder={tmp_path}"]), small_bagel)
 

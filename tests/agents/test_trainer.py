@@ -18,7 +18,7 @@ TOY = [
     "model.name=toy", "env.variant=toy", "env.time_shift=1.0", "env.image_steps=10", "env.text_budget=2", "evaluation.image_steps=10",
     "trainer.groups=8", "trainer.group_size=8", "trainer.minibatches=1", "trainer.micro_batches=1", "model.dtype=float32",
     "optimizer.text_lr=0.1", "optimizer.image_lr=0.03", "optimizer.beta2=0.99", "algorithm.text_clip=0.2", "algorithm.image_clip=0.1",
-    "algorithm.refl_reward=toy", "evaluation.prompts=64", "output.tensorboard=false", "output.samples_every=0",
+    "algorithm.refl_reward=toy", "env.thought_reward=", "evaluation.reward=", "evaluation.prompts=64", "output.tensorboard=false", "output.samples_every=0",
 ]  # fmt: skip
 
 

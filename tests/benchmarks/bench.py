@@ -4,7 +4,8 @@
 
 (a) collecting through the env against a bare loop of the same model calls; (b) a whole iteration against that loop with a hand-written update;
 (c) the share of an iteration inside the model's forward and backward; (d) bytes kept a trajectory against what training must have;
-(e) cost against episodes, denoising steps and thought length.
+(e) cost against episodes, denoising steps and thought length; (f) time and memory of a rollout, and time of a training pass, when the pictures of an episode
+double, beside what the arithmetic says: the linear cost of what a round adds, plus attention to all that stands.
 
 A ratio is of the least times of interleaved pairs; `a_a` beside it is the same measurement of the first loop against itself.
 """
@@ -15,16 +16,21 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from agents.actor import Actor
-from agents.config import load_config
+from agents.actor import Actor, Decision
+from agents.collector import Collector
+from agents.config import AlgorithmSettings, load_config
+from agents.flow import Window
+from agents.loss import UniGRPOLoss
 from agents.models import load_model
 from agents.trainer import Trainer, derived_seed
 from rewards import REWARDS, EpisodeBatch
 from unigrpo_env.mdp import Phase
+from unigrpo_env.tasks import Prompt
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
@@ -211,16 +217,14 @@ def scaling(pairs: int) -> list[dict[str, object]]:
     def rollout(rows: int = 32, steps: int = 10, words: int = 8) -> Callable[[], object]:
         variant = make_variant("text_to_image", image_steps=steps, text_budget=words)
         env = InterleavedGenVectorEnv(variant, rows, copy=False)
-        actor = Actor(model)
+        actor = Patient(model)
         prompts = variant.task.prompts("train", rows, 0)
 
         def play() -> None:
             observation, _ = env.reset(seed=0, options={"prompts": prompts})
             actor.start(range(rows))
             while (observation["phase"] != Phase.DONE).any():
-                legal = observation["legal_tokens"].clone()
-                legal[:, 2] = False  # nobody stops early: each thought takes the whole budget
-                decision = actor.act({**observation, "legal_tokens": legal})
+                decision = actor.act(observation)
                 observation = env.step(decision.env_action, decision.active)[0]
 
         return play
@@ -235,10 +239,76 @@ def scaling(pairs: int) -> list[dict[str, object]]:
     return figures
 
 
+def arithmetic(model: Any, rounds: int, words: int, image_passes: int) -> float:
+    """Multiplications of an episode: each token through its expert's weights, and its attention to what stands before it."""
+    config, image = model.config, model.config.latent_height * model.config.latent_width + 2
+    weights = sum(p.numel() for p in model.language_model.model.layers.parameters()) / 2
+    context, total = 4, 0.0
+
+    def cost(tokens: int, seen: int) -> float:
+        return tokens * (weights + 2 * seen * config.hidden_size * config.num_hidden_layers)
+
+    for number in range(rounds):
+        total += cost(words + 1, context)
+        context += words + 1
+        total += image_passes * cost(image, context + image)
+        if number < rounds - 1:
+            total += cost(image, context + image)
+            context += image
+    return total
+
+
+def rounds(pairs: int, rows: int = 16, words: int = 8) -> list[dict[str, object]]:
+    """Episodes of 1, 2, 4 and 8 pictures, every thought of the same length."""
+    model = load_model("tiny")
+    window = Window(W, 0, 5)
+
+    def parts(count: int) -> tuple[Callable[[], object], Callable[[], object], int, int]:
+        variant = make_variant("story", pictures=count, text_budget=words, reward=lambda episodes: torch.rand(len(episodes)))
+        env, rules = InterleavedGenVectorEnv(variant, rows, copy=False), variant.rules
+        actor = Patient(model, window=window)
+        collector = Collector(env, actor, rows)
+        episodes = collector.collect([Prompt("draw")], 0).flatten(0, 1)
+        assert (episodes["images_drawn"] == count).all()
+        context = actor._context
+        held = sum(t[:, :, : context.size].numel() * t.element_size() for t in (*context.keys, *context.values))
+        episodes["advantage"] = torch.linspace(-1, 1, rows)
+        episodes["weight"] = episodes["text_share"] = torch.full((rows,), 1 / rows)
+        legal = torch.stack([rules.legal_tokens(), rules.legal_tokens(after_image=True)])
+        loss = UniGRPOLoss(model, None, legal, AlgorithmSettings(velocity_weight=0.0))
+
+        def learn() -> None:
+            out = loss(episodes)
+            (out["loss_text"] + out["loss_image"]).backward()
+
+        return lambda: collector.collect([Prompt("draw")], 0), learn, held, episodes.bytes()
+
+    figures: list[dict[str, object]] = []
+    known = {count: parts(count) for count in (1, 2, 4, 8)}
+    for count in (1, 2, 4):
+        small, large = known[count], known[2 * count]
+        for place, name, passes in ((0, "rollout", 10), (1, "training pass", W)):
+            limit = arithmetic(model, 2 * count, words, passes) / arithmetic(model, count, words, passes)
+            found = ratio(large[place], small[place], pairs)
+            figures.append({"figure": "f", "name": f"{name}, pictures {2 * count} / {count}", "limit": round(limit, 3), **found})
+        memory = {"context": round(large[2] / small[2], 3), "trajectory": round(large[3] / small[3], 3)}
+        figures.append({"figure": "f", "name": f"bytes, pictures {2 * count} / {count}", **memory})
+    return figures
+
+
+class Patient(Actor):
+    """An actor that never ends a thought: its words are spent by the budget."""
+
+    def act(self, observation: dict[str, torch.Tensor]) -> Decision:
+        legal = observation["legal_tokens"].clone()
+        legal[:, 2] = False
+        return super().act({**observation, "legal_tokens": legal})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--only", default="abcde", help="letters of the figures to take")
+    parser.add_argument("--only", default="abcdef", help="letters of the figures to take")
     args = parser.parse_args()
     trainer, seed = make_trainer(), derived_seed(0, 0)
     bare = Bare(trainer, seed)
@@ -266,6 +336,9 @@ def main() -> None:
         report(figure="d", name="bytes kept / bytes needed", limit=1.1, ratio=round(bytes_ratio(trainer), 4))
     if "e" in args.only:
         for figure in scaling(args.pairs):
+            report(**figure)
+    if "f" in args.only:
+        for figure in rounds(args.pairs):
             report(**figure)
 
 

@@ -1,16 +1,19 @@
 """The proxy: differentiable, roughly right, and open to being fooled."""
 
+import dataclasses
+
 import torch
 
 from rewards.registry import EpisodeBatch, WeightedReward
 from rewards.shapes import draw, judge, read_words, shapes, shapes_thought
 from rewards.soft_shapes import recognise, soft_shapes
 from unigrpo_env.shapes_world import ShapesTask
+from unigrpo_env.tasks import episodes_of
 
 
 def batch(images, task_seed=1, clean=True):
-    prompts, thoughts, pictures = ShapesTask().lessons(200, task_seed, clean=clean)
-    return EpisodeBatch([p.text for p in prompts], thoughts, images(pictures), [p.metadata for p in prompts])
+    episodes = episodes_of(ShapesTask().lessons(200, task_seed, clean=clean))
+    return dataclasses.replace(episodes, images=images(episodes.images))
 
 
 def test_clean_cells_are_recognised():
@@ -48,10 +51,15 @@ def test_a_prompt_without_requirements_is_unscored():
 
 
 def test_thoughts_are_read_as_layouts():
-    prompts, thoughts, pictures = ShapesTask().lessons(200, 3, clean=True)
-    for prompt, thought in zip(prompts, thoughts, strict=True):
-        assert judge(read_words(thought), prompt.metadata).strict == 1
+    episodes = episodes_of(ShapesTask().lessons(200, 3, clean=True))
+    for text, known in zip(episodes.texts, episodes.metadata, strict=True):
+        assert judge(read_words(text), known).strict == 1
+        assert read_words(f"wrong-picture {text}") == read_words(text)
+    assert shapes_thought(episodes).sum() == 200
+    said = dataclasses.replace(episodes, rounds=[["nonsense", text, "right-picture"] for text in episodes.texts])
+    assert shapes_thought(said).sum() == 200
+    assert shapes_thought(dataclasses.replace(said, rounds=[[text, "nonsense"] for text in said.texts])).sum() == 0
     for nonsense in ("", "red circle", "red circle top , blue square top", "two : red", "circle red top"):
         assert read_words(nonsense) is None
-    wrong = EpisodeBatch([p.text for p in prompts], ["red"] * 200, pictures, [p.metadata for p in prompts])
+    wrong = dataclasses.replace(episodes, texts=["red"] * 200, rounds=[])
     assert shapes_thought(wrong).sum() == 0

@@ -72,8 +72,8 @@ def test_a_story_is_one_stream():
     assert ended
     assert reward == 1
     assert info["components"]["story/score"] == 1
-    assert env.episodes.rounds(0) == ["red circle top", "blue square left"]
-    assert len(env.episodes.pictures(0)) == 2
+    assert env.episodes.rounds([0])[0] == ["red circle top", "blue square left"]
+    assert len(env.episodes.pictures([0])[0]) == 2
 
 
 def test_each_picture_has_its_own_noise():
@@ -105,9 +105,9 @@ def test_reflecting_ends_when_the_model_says_so():
     _, reward, ended, _, info = say(env, "right-picture <end>")
     assert ended
     assert reward == pytest.approx(1 - 0.1)
-    assert info["components"] == {"shapes": 1, "shapes/score": 1, "extra_pictures": 1}
-    assert env.episodes.rounds(0) == ["", "wrong-picture", "right-picture"]
-    assert len(env.episodes.pictures(0)) == 2
+    assert info["components"] == {"reflect": 1, "reflect/first": 0, "reflect/kept": 0, "reflect/content": 0, "extra_pictures": 1}
+    assert env.episodes.rounds([0])[0] == ["", "wrong-picture", "right-picture"]
+    assert len(env.episodes.pictures([0])[0]) == 2
 
 
 def test_the_user_speaks_and_is_not_the_model():
@@ -125,7 +125,7 @@ def test_the_user_speaks_and_is_not_the_model():
     _, reward, ended, *_ = paint(env, layout(c1=BLUE_CIRCLE))
     assert ended
     assert reward == 1
-    assert env.episodes.rounds(0) == ["red circle top", "blue circle top"], "the user's words are not among the model's"
+    assert env.episodes.rounds([0])[0] == ["red circle top", "blue circle top"], "the user's words are not among the model's"
 
 
 def test_a_user_with_no_more_to_say_ends_the_episode():

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.registry import EpisodeBatch
 from rewards.shapes import GRID, KINDS, UNREADABLE, draw, judge, read, shapes
 from unigrpo_env.decoders import PixelDecoder
 from unigrpo_env.shapes_world import OPENINGS, PROMPT_KINDS, ShapesTask, is_held_out, make_plan, make_prompt, shapes_tokenizer
+from unigrpo_env.tasks import episodes_of
 
 layouts = st.lists(st.integers(0, len(KINDS)), min_size=9, max_size=9)
 
@@ -73,21 +73,19 @@ def test_splits_share_no_prompt_and_no_request_of_many():
     assert not any(is_held_out(text) for text in train)
     assert Counter(p.metadata["kind"] for p in task.prompts("test", 256, 0)) == dict.fromkeys(PROMPT_KINDS, 32)
     assert task.prompts("test", 256, 0) == task.prompts("test", 256, 0)
-    assert not any(is_held_out(p.text) for p in task.lessons(300, 0)[0])
+    assert not any(is_held_out(lesson.prompt.text) for lesson in task.lessons(300, 0))
 
 
 def test_every_word_has_a_token():
     task, tokenizer = ShapesTask(), shapes_tokenizer()
-    prompts, thoughts, _ = task.lessons(1000, 0)
-    for text in [p.text for p in prompts] + thoughts:
+    for text in [text for lesson in task.lessons(1000, 0) for text in (lesson.prompt.text, *lesson.thoughts)]:
         assert tokenizer.unk_token_id not in tokenizer.encode(text)
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
 
 
 def strict_share(clean, kind):
     task = ShapesTask((kind,))
-    prompts, thoughts, images = task.lessons(600, 1, clean=clean)
-    return shapes(EpisodeBatch([p.text for p in prompts], thoughts, images, [p.metadata for p in prompts]))["reward"].mean()
+    return shapes(episodes_of(task.lessons(600, 1, clean=clean)))["reward"].mean()
 
 
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
