@@ -54,22 +54,37 @@ def token_log_probs(logits: Tensor, legal: Tensor, temperature: float) -> Tensor
     return logits.masked_fill(~legal, -torch.inf).log_softmax(-1)
 
 
-def read_prompts(model: UnifiedModel[Any], ids: Tensor, lengths: Tensor) -> tuple[Tensor, Context]:
-    """Read each different prompt once and hand it to all rows that share it.
+def read_prompts(
+    model: UnifiedModel[Any], ids: Tensor, lengths: Tensor, sources: Tensor | None = None, *, learn: bool = True
+) -> tuple[Tensor, Context]:
+    """Read each different prompt once, pictures and words, and hand it to all rows that share it.
 
     Args:
         model: the model.
-        ids: `[N, P]` int64, equal beyond `lengths` for equal prompts.
+        ids: `[N, P]` int64, equal beyond `lengths` for equal prompts; one token for each source stands first.
         lengths: `[N]` int64.
+        sources: `[N, S, L, C]`, clean latents that the words follow; none if left out.
+        learn: whether gradients reach their reading.
 
     Returns:
         Logits after the prompt, `[N, 1, V]`, and a context of N rows.
     """
+    count = 0 if sources is None else sources.shape[1]
+    if sources is not None and count:
+        _, look = torch.unique(sources.flatten(1), dim=0, return_inverse=True)
+        ids = torch.cat([look[:, None], ids], 1)  # which sources a prompt has is a part of what it is
     unique, inverse = torch.unique(torch.cat([lengths[:, None], ids], 1), dim=0, return_inverse=True)
+    context = model.start(len(unique))
+    if sources is not None and count:
+        rows = torch.arange(len(ids), device=ids.device)
+        member = torch.zeros(len(unique), dtype=torch.int64, device=ids.device).scatter(0, inverse, rows)
+        for number in range(count):
+            context = model.read_image(context, sources[member, number], learn=learn)
+        unique = torch.cat([unique[:, :1] - count, unique[:, 2 + count :]], 1)
     lengths, ids = unique[:, 0], unique[:, 1:]
     longest = int(lengths.max())
     mask = torch.arange(longest, device=ids.device) < lengths[:, None]
-    logits, context = model.read_text(model.start(len(unique)), ids[:, :longest], mask, last_only=True)
+    logits, context = model.read_text(context, ids[:, :longest], mask, last_only=True)
     return logits[inverse], context.select(inverse)
 
 
@@ -109,6 +124,7 @@ class Actor:
         self.kernel, self.guidance = None if kernel == "ode" else KERNELS[kernel], guidance
         self.window_start: Tensor | None = None
         self._context: Context | None = None
+        self._few: tuple[Tensor, Tensor, Context] | None = None
         self._seeds: list[int] | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -150,12 +166,12 @@ class Actor:
         beyond = torch.arange(longest, device=device) >= lengths[:, None]
         prompts = observation["tokens"][:, :longest].masked_fill(beyond, 0)
         self._pictures = observation.get("images", prompts[:, :0]).clone()
-        if "images" in observation and bool((observation["image_places"] == 0).any()):
-            # Sources come first, and with them every row reads for itself.
-            self._context, lengths = self.model.start(rows), torch.zeros_like(lengths)
-            self._logits = torch.zeros(rows, 1, observation["legal_tokens"].shape[1], device=device)
-        else:
-            self._logits, self._context = read_prompts(self.model, prompts, lengths)
+        sources = None
+        if "images" in observation:
+            within = (observation["image_places"] >= 0) & (observation["image_places"] < lengths[:, None])
+            sources = observation["images"][:, : int(within.sum(1).max())]
+        self._logits, self._context = read_prompts(self.model, prompts, lengths, sources)
+        self._few = None
         # What the context holds: `_read` tokens of `_seen`. What the next observation should add to it: `_written`, up to `_foreseen` tokens.
         self._seen, self._read = observation["tokens"].clone(), lengths.clone()
         self._foreseen, self._written = self._read, (self._seen[:, :0], beyond[:, :0])
@@ -212,6 +228,7 @@ class Actor:
                 return
             number = (places == stop[:, None]).int().argmax(1)
             self._pictures.copy_(observation["images"])
+            self._few = None
             assert self._context is not None
             latent = observation["images"][torch.arange(len(tokens), device=tokens.device), number]
             self._context = self.model.read_image(self._context, latent, mask=looks)
@@ -220,6 +237,7 @@ class Actor:
     def _read_text(self, ids: Tensor, mask: Tensor) -> None:
         if ids.shape[1] == 0:
             return
+        self._few = None
         assert self._context is not None
         logits, self._context = self.model.read_text(self._context, ids, mask, last_only=True)
         self._logits = torch.where(mask[:, :1, None], logits, self._logits)
@@ -241,8 +259,7 @@ class Actor:
 
     def _draw(self, observation: dict[str, Tensor], active: Tensor) -> Decision:
         x, t, next_t = observation["latent"], observation["t"], observation["next_t"]
-        assert self._context is not None
-        velocity = guided_velocity(self.model, self._context, x, t, self.guidance)
+        velocity = self._velocity(x, t, active)
         inside = self._inside_window(observation["step"])
         stochastic = inside is not None and bool(inside.any())
         if stochastic and self.kernel is not None:
@@ -251,6 +268,17 @@ class Actor:
         else:
             mean = latent = ode_step(x, velocity, t, next_t)
         return Decision(active, torch.zeros_like(observation["phase"]), latent, mean=mean)
+
+    def _velocity(self, x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        """Of the `active` rows; 0 elsewhere. A few rows get a context of their own for as long as they draw."""
+        assert self._context is not None
+        if bool(active.all()):
+            return guided_velocity(self.model, self._context, x, t, self.guidance)
+        if self._few is None or not torch.equal(self._few[0], active):
+            rows = active.nonzero()[:, 0]
+            self._few = active.clone(), rows, self._context.select(rows)
+        _, rows, context = self._few
+        return torch.zeros_like(x).index_copy(0, rows, guided_velocity(self.model, context, x[rows], t[rows], self.guidance))
 
     def _inside_window(self, step: Tensor) -> Tensor | None:
         """`[N]` bool, is each row's step stochastic; None without a window."""

@@ -287,7 +287,13 @@ def _list(args: argparse.Namespace, console: Console) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 2 for what the user can mend."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    # Settings may stand on both sides of an option; argparse takes only the first run of them.
+    if more and not (hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.overrides = [*args.overrides, *more]
     console = Console()
     try:
         {"train": _train, "evaluate": _evaluate, "sample": _sample, "pretrain": _pretrain, "tables": _tables, "list": _list}[args.command](

@@ -79,6 +79,9 @@ class AlgorithmSettings:
     image_clip: float = setting(1e-4, "clip range of the latent ratio; scales with 1 / sqrt(latent values)")
     ratio: str = setting("norm", "latent ratio: norm (equation 5) or plain (equation 4)")
     through_context: bool = setting(True, "whether the image objective reaches the text that the image follows")
+    through_pictures: bool = setting(
+        False, "whether gradients reach the reading of pictures, which is the image expert's: the words' would drown its own"
+    )
     temperature: float = setting(1.0, "sampling temperature of the tokens")
     kernel: str = setting("flow_sde", "stochastic step: flow_sde (equation 3), flow_cps or dance; ode: none")
     noise_level: float = setting(0.8, "how stochastic the window's steps are: a of the kernel")

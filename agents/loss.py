@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.objectives import LossModule
 
 from agents.actor import read_prompts, token_log_probs
@@ -53,6 +53,7 @@ def replay(
     *,
     temperature: float = 1.0,
     through_context: bool = True,
+    through_pictures: bool = False,
     speak: bool = True,
     look: bool = True,
     guidance: Guidance | None = None,
@@ -65,92 +66,67 @@ def replay(
         legal_tokens: `[2, V]` bool, as in the rollout: before the first picture, and after one.
         temperature: as in the rollout.
         through_context: False cuts the velocities' gradient into the text that they were drawn after.
+        through_pictures: False cuts all gradients into the reading of pictures.
         speak: False leaves log-probabilities and entropy out.
         look: False leaves the velocities out, where text alone is learnt.
         guidance: as in the rollout.
     """
-    if "images" in episodes.keys():  # noqa: SIM118 (a TensorDict is no dict)
-        return _replay_rounds(model, episodes, legal_tokens, temperature, through_context, speak, look, guidance)
-    logits, context = read_episodes(model, episodes)
-    tokens, longest = episodes["tokens"], logits.shape[1]
-    nothing = torch.zeros(tokens.shape, device=tokens.device)
-    found = Replay(nothing, nothing, None)
-    if speak:
-        log_probs = token_log_probs(logits, legal_tokens[0], temperature)
-        # A forced opening token was never a choice, and any token may be padding: those log-probs are read by nobody.
-        log_prob = log_probs.gather(2, tokens[:, :longest, None])[..., 0]
-        unused = (0, tokens.shape[1] - longest)
-        found.log_prob = nn.functional.pad(log_prob, unused)
-        found.entropy = nn.functional.pad(_entropy(log_probs, legal_tokens[0]), unused)
-    if look:
-        found.velocity = window_velocities(model, context if through_context else context.detach(), episodes, guidance)
-    return found
+    said, chosen, rounds = episodes["text_mask"], episodes["tokens"], _rounds(episodes)
+    count, drawn, (sources, images, places) = said.sum(1), episodes["images_drawn"], _pictures(episodes)
+    log_prob, entropy = (torch.zeros(said.shape, device=said.device) for _ in range(2))
+    velocity = torch.zeros_like(episodes["window_means"]).unflatten(1, (rounds, -1)) if look else None
+    last, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"], images[:, :sources], learn=through_pictures)
+    rows, read = (
+        torch.arange(len(said), device=said.device),
+        torch.zeros_like(count),
+    )  # episodes that go on, and how much of their stream is read
+    for number in range(rounds):
+        place = places[rows, number] if number < rounds - 1 else torch.full_like(read, -1)
+        stop = torch.where(place >= 0, place, count[rows])
+        slots = torch.arange(int((stop - read).max()), device=said.device)
+        if len(slots):
+            mask = slots < (stop - read)[:, None]
+            at = (read[:, None] + slots).clamp(max=said.shape[1] - 1)
+            logits, context = model.read_text(context, chosen[rows[:, None], at], mask)
+            if speak:
+                legal = legal_tokens[int(number > 0)]
+                log_probs = token_log_probs(torch.cat([last, logits[:, :-1]], 1), legal, temperature)
+                # What stands first after a picture is the env's, and a forced token was never a choice: those log-probs are read by nobody.
+                who, where = mask.nonzero(as_tuple=True)
+                slot = rows[who], at[who, where]
+                log_prob = log_prob.index_put(slot, log_probs[who, where, chosen[slot]])
+                entropy[slot] = _entropy(log_probs, legal)[who, where]
+            last = logits[:, -1:]
+        if velocity is not None:  # now: without gradient the context grows in place
+            opened, draws = context if through_context else context.detach(), drawn[rows] > number
+            if len(draws) == len(said) and draws.all():
+                velocity[:, number] = window_velocities(model, opened, episodes, guidance, number)
+            elif draws.any():
+                some = draws.nonzero()[:, 0]
+                windows = episodes.select("window_latents", "window_means", "window_times")[rows[some]]
+                velocity[rows[some], number] = window_velocities(model, opened.select(some), windows, guidance, number)
+        looks = (place >= 0).nonzero()[:, 0]
+        if len(looks) == 0:
+            break
+        if len(looks) < len(rows):
+            context, rows, last, place = context.select(looks), rows[looks], last[looks], place[looks]
+        context = model.read_image(context, images[rows, sources + number], learn=through_pictures)
+        read = place + 1
+    return Replay(log_prob, entropy, None if velocity is None else velocity.flatten(1, 2))
+
+
+def _pictures(episodes: TensorDictBase) -> tuple[int, Tensor, Tensor]:
+    """How many sources there are, the pictures to be read `[N, M, L, C]`, and where in `tokens` each drawn one stands `[N, R - 1]`; -1: nowhere."""
+    if "images" not in episodes.keys():  # noqa: SIM118 (a TensorDict is no dict)
+        return 0, episodes["latent"][:, None][:, :0], episodes["tokens"][:, :0]
+    images, places = episodes["images"], episodes["image_places"]
+    sources = images.shape[1] - (_rounds(episodes) - 1)
+    return sources, images, torch.where(places >= 0, places - episodes["prompt_length"][:, None], -1)[:, sources:]
 
 
 @torch.no_grad()
 def _entropy(log_probs: Tensor, legal: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs.masked_fill(~legal, 0)).sum(-1)
-
-
-def read_episodes(model: UnifiedModel[Any], episodes: TensorDictBase) -> tuple[Tensor, Context]:
-    """Logits `[N, T, V]` of the first T tokens said, T the longest thought, and the context at which each image opened; episodes of one picture."""
-    logits, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"])
-    mask = episodes["text_mask"]
-    longest = int(mask.sum(1).max())
-    if longest == 0:
-        return logits[:, :0], context
-    later, context = model.read_text(context, episodes["tokens"][:, :longest], mask[:, :longest])
-    return torch.cat([logits, later[:, :-1]], 1), context
-
-
-def _replay_rounds(
-    model: UnifiedModel[Any],
-    episodes: TensorDictBase,
-    legal_tokens: Tensor,
-    temperature: float,
-    through_context: bool,
-    speak: bool,
-    look: bool,
-    guidance: Guidance | None,
-) -> Replay:
-    """`replay` where pictures are read: one walk along the stream, words up to a picture, the picture, and on."""
-    length, said = episodes["prompt_length"][:, None], episodes["text_mask"]
-    rows = torch.arange(len(said), device=said.device)
-    slots = torch.arange(said.shape[1], device=said.device)
-    stream = nn.functional.pad(episodes["prompt_tokens"], (0, said.shape[1]))
-    stream = stream.scatter(1, length + slots, torch.where(said, episodes["tokens"], 0))
-    end = length[:, 0] + said.sum(1)
-    places, images, rounds = episodes["image_places"], episodes["images"], _rounds(episodes)
-    sources = places.shape[1] - (rounds - 1)
-    log_prob = torch.zeros(said.shape, device=said.device)
-    entropy, velocities = torch.zeros_like(log_prob), list[Tensor]()
-    context, read = model.start(len(said)), torch.zeros_like(end)
-    for number in range(-sources, rounds):  # sources, then the rounds
-        place = places[:, sources + number] if number < rounds - 1 else torch.full_like(end, -1)
-        stop = torch.where(place >= 0, place, end)
-        width = int((stop - read).max())
-        if width:
-            inside = torch.arange(width, device=said.device)
-            mask = inside < (stop - read)[:, None]
-            at = (read[:, None] + inside).clamp(max=stream.shape[1] - 1)
-            ids = stream.gather(1, at)
-            logits, context = model.read_text(context, ids, mask)
-        if width and speak:
-            legal = legal_tokens[int(number > 0)]
-            log_probs = token_log_probs(logits[:, :-1], legal, temperature)
-            # What the model chose never stands first in a piece: the prompt or the env's words do.
-            who, where = (mask[:, 1:] & (at[:, 1:] >= length)).nonzero(as_tuple=True)
-            slot = at[who, where + 1] - length[who, 0]
-            log_prob = log_prob.index_put((who, slot), log_probs[who, where, ids[who, where + 1]])
-            entropy[who, slot] = _entropy(log_probs, legal)[who, where]
-        read = stop
-        if number >= 0 and look:  # now: without gradient the context grows in place
-            velocities.append(window_velocities(model, context if through_context else context.detach(), episodes, guidance, number))
-        looks = place >= 0
-        if looks.any():
-            context = model.read_image(context, images[rows, sources + number], mask=looks)
-            read = read + looks
-    return Replay(log_prob, entropy, torch.cat(velocities, 1) if look else None)
 
 
 def _rounds(episodes: TensorDictBase) -> int:
@@ -293,6 +269,7 @@ class UniGRPOLoss(LossModule):
             self.legal_tokens,
             temperature=settings.temperature,
             through_context=settings.through_context,
+            through_pictures=settings.through_pictures,
             speak=not reference or bool(settings.text_kl_weight),
             look=penalised or (not reference and bool(settings.image_weight)),
             guidance=self.guidance,

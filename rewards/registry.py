@@ -121,6 +121,7 @@ for _name, _place in {
     "crispness": "rewards.shapes:crispness",
     "soft_shapes": "rewards.soft_shapes:soft_shapes",
     "edit": "rewards.rounds:edit",
+    "edit_thought": "rewards.rounds:edit_thought",
     "story": "rewards.rounds:story",
     "dialogue": "rewards.rounds:dialogue",
     "reflect": "rewards.rounds:reflect",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rewards.registry import EpisodeBatch
-from rewards.shapes import GRID, KINDS, UNREADABLE, Verdict, judge, matches, read, relation_holds
+from rewards.shapes import GRID, KINDS, UNREADABLE, Verdict, judge, matches, read, read_words, relation_holds
 
 
 def find(layout: Sequence[int], thing: Mapping[str, Any]) -> int | None:
@@ -70,6 +70,18 @@ def edit(episodes: EpisodeBatch) -> dict[str, Tensor]:
 
     before, after = (read(pictures).tolist() for pictures in (torch.stack([s[-1] for s in episodes.sources]), episodes.images))
     return _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
+
+
+def edit_thought(episodes: EpisodeBatch) -> Tensor:
+    """1 if the layout that the thought describes is the source with that one change, whatever was drawn; 0 if it describes none."""
+    before = read(torch.stack([s[-1] for s in episodes.sources])).tolist()
+    thoughts = [read_words(text) for text in episodes.texts]
+    return torch.tensor(
+        [
+            judge_edit(before[row], after or [UNREADABLE] * GRID**2, known["edit"]).strict if "edit" in known else torch.nan
+            for row, (after, known) in enumerate(zip(thoughts, episodes.metadata, strict=True))
+        ]
+    )
 
 
 def story(episodes: EpisodeBatch) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def test_list_and_help(capsys):
     [
         (["train", "trainer.iteration=1"], "did you mean 'trainer.iterations'"),
         (["train", "--config", "unigro"], "did you mean 'unigrpo'"),
+        (["train", "trainer.seed=1", "--config", "unigrpo", "trainer.iteration=1"], "did you mean 'trainer.iterations'"),
         (["train", "env.reward=shape"], "did you mean 'shapes'"),
         (["train", "model.name=tinny"], "did you mean 'tiny'"),
         (["train", "--resume", "/nowhere"], "expected a run with checkpoints"),

@@ -274,7 +274,13 @@ class Bagel(UnifiedModel[KeyValueContext]):
             return self.llm2vae(hidden).float()
 
     def read_image(
-        self, context: KeyValueContext, latent: Tensor | None = None, pixels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        context: KeyValueContext,
+        latent: Tensor | None = None,
+        pixels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        learn: bool = True,
     ) -> KeyValueContext:
         """Read finished pictures: a segment of clean latents, then, where pixels are given, one of the vision tower's patches. See the seam.
 
@@ -287,12 +293,12 @@ class Bagel(UnifiedModel[KeyValueContext]):
         with self.computing():
             if latent is not None:
                 tokens = self._latent_tokens(latent, torch.zeros(len(latent), device=latent.device))
-                context = self._remember(context, tokens, GENERATION, mask)
+                context = self._remember(context, tokens, GENERATION, mask, learn)
             if pixels is not None:
                 assert self.config.vision is not None
                 table = self.vit_pos_embed.pos_embed[self.vit_model.places(pixels, self.config.vision.max_patches)]
                 tokens = self.connector(self.vit_model(pixels.to(self.vae2llm.weight.dtype))) + table
-                context = self._remember(context, tokens, UNDERSTANDING, mask)
+                context = self._remember(context, tokens, UNDERSTANDING, mask, learn)
         return context
 
     def _latent_tokens(self, x: Tensor, t: Tensor) -> Tensor:
@@ -308,9 +314,18 @@ class Bagel(UnifiedModel[KeyValueContext]):
         streams = {UNDERSTANDING: torch.cat([markers, tokens], 1)} if same else {UNDERSTANDING: markers, expert: tokens}
         return self._run(streams, context.position[:, None], mask, context)
 
-    def _remember(self, context: KeyValueContext, tokens: Tensor, expert: str, mask: Tensor | None) -> KeyValueContext:
+    def _remember(self, context: KeyValueContext, tokens: Tensor, expert: str, mask: Tensor | None, learn: bool) -> KeyValueContext:
         """`context` with an image segment, in the rows of `mask` `[N]` (all if left out)."""
-        _, keys, values = self._look(context, tokens, expert)
+        if learn or not torch.is_grad_enabled():
+            _, keys, values = self._look(context, tokens, expert)
+        else:
+            with torch.no_grad():
+                _, new_keys, new_values = self._look(context.detach(), tokens, expert)
+            old = slice(0, context.size)
+            keys, values = (
+                [torch.cat([was[:, :, old], now[:, :, context.size :]], 2) for was, now in zip(before, after, strict=True)]
+                for before, after in ((context.keys, new_keys), (context.values, new_values))
+            )
         rows = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device) if mask is None else mask
         return context.advance(keys, values, rows[:, None].expand(-1, 2 + tokens.shape[1]), context.position + rows)
 

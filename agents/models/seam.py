@@ -79,7 +79,13 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         """
 
     def read_image(
-        self, context: ContextT, latent: Tensor | None = None, pixels: Tensor | None = None, mask: Tensor | None = None
+        self,
+        context: ContextT,
+        latent: Tensor | None = None,
+        pixels: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        learn: bool = True,
     ) -> ContextT:
         """Read finished pictures after `context`: sources, or what the model drew itself. A model that only draws leaves this out.
 
@@ -88,6 +94,7 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             latent: `[N, L, C]` float32, clean (t = 0).
             pixels: `[N, 3, height, width]` float32 in [-1, 1], for a model that looks at pixels too.
             mask: `[N]` bool, the rows that read; all if left out.
+            learn: False keeps gradients out of the reading; what stood in the context before keeps its own.
 
         Returns:
             The grown context; as for `read_text` the given one may have grown in place.

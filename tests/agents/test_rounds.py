@@ -60,9 +60,9 @@ def test_every_segment_is_read_once(small_bagel):
         read["text"] += int(ids.numel() if mask is None else mask.sum())
         return kind.read_text(small_bagel, context, ids, mask, **kwargs)
 
-    def read_image(context, latent, mask=None):
+    def read_image(context, latent, mask=None, **kwargs):
         read["images"] += int(mask.sum())
-        return kind.read_image(small_bagel, context, latent, mask=mask)
+        return kind.read_image(small_bagel, context, latent, mask=mask, **kwargs)
 
     small_bagel.read_text, small_bagel.read_image = read_text, read_image
     env = InterleavedGenVectorEnv(short("story"), 1)
@@ -73,6 +73,21 @@ def test_every_segment_is_read_once(small_bagel):
         decision = actor.act(observation)
         observation, *_ = env.step(decision.env_action, decision.active)
     assert read == {"text": int(observation["num_tokens"][0]) - 2, "images": 2}, "two placeholders are pictures, not words"
+
+
+def test_a_group_reads_its_prompt_and_its_source_once(small_bagel):
+    rows = []
+    kind = type(small_bagel)
+    small_bagel.read_image = lambda context, latent, **kwargs: rows.append(len(latent)) or kind.read_image(small_bagel, context, latent, **kwargs)
+    variant = short("edit")
+    first, second = variant.task.prompts("train", 2, 0)
+    other = dataclasses.replace(first, sources=second.sources)  # the same words about another picture
+    prompts = [first, other, first, second, first, other]
+    shared = evaluate(small_bagel, variant, prompts)
+    assert rows == [3]
+    alone = evaluate(small_bagel, variant, prompts, batch_size=1)
+    assert shared.texts == alone.texts
+    torch.testing.assert_close(shared.images, alone.images, atol=1e-4, rtol=0)
 
 
 def test_the_model_sees_its_own_picture(small_bagel):
@@ -166,6 +181,23 @@ def gradient(model, parts, loss):
         out = loss(part)
         (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("name", ["edit", "story"])
+def test_gradients_reach_the_reading_of_pictures_only_if_asked(small_bagel, name):
+    """By default the words teach the image expert nothing; the words before a picture still learn from what comes after it."""
+    variant, episodes = collect(small_bagel, name)
+    found = {}
+    for through in (False, True):
+        out = ready(episodes, variant, small_bagel, through_pictures=through, velocity_weight=0.0)(episodes)
+        small_bagel.zero_grad()
+        out["loss_text"].backward(retain_graph=True)
+        lists = small_bagel.parameter_lists()
+        found[through] = {expert: sum(float(p.grad.abs().sum()) for p in part if p.grad is not None) for expert, part in lists.items()}
+        assert found[through]["text"] > 0
+        found[through]["loss"] = out["loss_text"].detach(), out["loss_image"].detach()
+    assert found[False]["image"] == 0 < found[True]["image"]
+    assert found[False]["loss"] == found[True]["loss"]
 
 
 @pytest.mark.parametrize("name", ["reflect", "dialogue", "edit"])
