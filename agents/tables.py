@@ -85,7 +85,7 @@ ROWS: tuple[Row, ...] = (
     Row("process_reward", "UniGRPO with a process reward", "process_reward", None, seeds=3, study="process"),
     Row("edit", "Edit", "edit", None, seeds=3, study="rounds"),
     Row("reflect", "Reflect", "reflect", None, seeds=3, study="rounds"),
-    Row("story", "Story", "story", None, seeds=3, study="rounds"),
+    Row("story", "Story", "story", None, ("trainer.iterations={story}",), seeds=3, study="rounds"),
     Row("dialogue", "Dialogue", "dialogue", None, seeds=3, study="rounds"),
     Row("base_no_thinking", "shipped model, taught to draw without a thought", "", (0.6810, 0.78), lessons=1500),
     Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83), start=("base_no_thinking", 0)),
@@ -144,7 +144,8 @@ class Job:
     def config(self) -> Config:
         """The settings of the run, or of the shipped model's evaluation."""
         thought = () if self.row.thinks else ("env.text_budget=0",)
-        own = [override.format(half=max(1, self.plan.iterations // 2)) for override in self.row.overrides]
+        shares = {"half": max(1, self.plan.iterations // 2), "story": max(1, self.plan.iterations * 70 // 120)}
+        own = [override.format(**shares) for override in self.row.overrides]
         settings = [
             f"trainer.iterations={self.plan.iterations}",
             f"trainer.seed={self.seed}",

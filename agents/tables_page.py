@@ -169,7 +169,7 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
             str(seed),
             change(run, "accuracy", "accuracy"),
             change(run, "greedy_accuracy", "greedy"),
-            f"{run['measures']['seconds']:.0f} s",
+            f"{len(read_metrics(Path(run['folder'])))} iterations, {run['measures']['seconds']:.0f} s",
         ]
         for row in rows
         for seed, run in enumerate(found[row.key])
@@ -184,7 +184,8 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
     parts = [line + [""] * (2 + seeds - len(line)) for line in parts]
     return [
         "## Several pictures",
-        "Each scenario by its own verifier, from the shipped weights to the last ones. What the parts of a reward mean stands in variants.md.",
+        "Each scenario by its own verifier, from the shipped weights to the last ones; a story has three pictures, and so trains for fewer iterations. "
+        "What the parts of a reward mean stands in variants.md.",
         table(["scenario", "seed", "sampled words", "greedy words", "training"], cells),
         table(["scenario", "part, sampled words", *(f"seed {seed}" for seed in range(seeds))], parts),
     ]

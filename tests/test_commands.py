@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from agents.cli import main
+from rewards.shapes import draw
+from unigrpo_env.rendering import enlarge
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +57,18 @@ def test_sample(tmp_path, capsys):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_sample_of_several_pictures(tmp_path, capsys):
+    source, edited = tmp_path / "source.png", tmp_path / "edited.png"
+    enlarge(draw(torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0, 2]]))[0], 24).save(source)
+    assert main(["sample", "remove the circle", "--variant", "edit", "--source", str(source), "--out", str(edited)]) == 0
+    assert Image.open(edited).width > 300, "the source and the picture side by side"
+    told = ["sample", "a red circle and a blue square", "--variant", "dialogue", "--turn", "make the circle green", "--out", str(edited)]
+    assert main(told) == 0
+    assert "make the circle green" in capsys.readouterr().out
+    assert main(["sample", "remove the circle", "--variant", "edit"]) == 2
+    assert "expected 1 source pictures" in capsys.readouterr().err
+
+
 def test_train_evaluate_resume(tmp_path, capsys):
     folder = tmp_path / "run"
     small = ["trainer.groups=2", "trainer.group_size=2", "evaluation.prompts=8", "output.tensorboard=false"]
@@ -77,6 +93,9 @@ def test_a_reward_from_a_module_of_the_user(tmp_path, monkeypatch, capsys):
 
 def test_pretrain(tmp_path, capsys):
     assert main(["pretrain", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "new")]) == 0
+    told = capsys.readouterr().out
+    for name in ("words", "reading", "rounds", "practice", "edit", "story"):
+        assert name in told
     assert (tmp_path / "new" / "model.safetensors").is_file()
 
 

@@ -78,7 +78,9 @@ def test_every_segment_is_read_once(small_bagel):
 def test_a_group_reads_its_prompt_and_its_source_once(small_bagel):
     rows = []
     kind = type(small_bagel)
-    small_bagel.read_image = lambda context, latent, **kwargs: rows.append(len(latent)) or kind.read_image(small_bagel, context, latent, **kwargs)
+    small_bagel.read_image = lambda context, latent, **kwargs: (
+        rows.append(len(latent)) or kind.read_image(small_bagel, context, latent, **kwargs)
+    )
     variant = short("edit")
     first, second = variant.task.prompts("train", 2, 0)
     other = dataclasses.replace(first, sources=second.sources)  # the same words about another picture
