@@ -71,15 +71,13 @@ def replay(
         look: False leaves the velocities out, where text alone is learnt.
         guidance: as in the rollout.
     """
-    said, chosen, rounds = episodes["text_mask"], episodes["tokens"], _rounds(episodes)
+    said, tokens, rounds = episodes["text_mask"], episodes["tokens"], _rounds(episodes)
     count, drawn, (sources, images, places) = said.sum(1), episodes["images_drawn"], _pictures(episodes)
     log_prob, entropy = (torch.zeros(said.shape, device=said.device) for _ in range(2))
     velocity = torch.zeros_like(episodes["window_means"]).unflatten(1, (rounds, -1)) if look else None
     last, context = read_prompts(model, episodes["prompt_tokens"], episodes["prompt_length"], images[:, :sources], learn=through_pictures)
-    rows, read = (
-        torch.arange(len(said), device=said.device),
-        torch.zeros_like(count),
-    )  # episodes that go on, and how much of their stream is read
+    rows = torch.arange(len(said), device=said.device)  # the episodes that go on
+    read = torch.zeros_like(count)  # how much of the stream of each the context holds
     for number in range(rounds):
         place = places[rows, number] if number < rounds - 1 else torch.full_like(read, -1)
         stop = torch.where(place >= 0, place, count[rows])
@@ -87,14 +85,14 @@ def replay(
         if len(slots):
             mask = slots < (stop - read)[:, None]
             at = (read[:, None] + slots).clamp(max=said.shape[1] - 1)
-            logits, context = model.read_text(context, chosen[rows[:, None], at], mask)
+            logits, context = model.read_text(context, tokens[rows[:, None], at], mask)
             if speak:
                 legal = legal_tokens[int(number > 0)]
                 log_probs = token_log_probs(torch.cat([last, logits[:, :-1]], 1), legal, temperature)
                 # What stands first after a picture is the env's, and a forced token was never a choice: those log-probs are read by nobody.
                 who, where = mask.nonzero(as_tuple=True)
                 slot = rows[who], at[who, where]
-                log_prob = log_prob.index_put(slot, log_probs[who, where, chosen[slot]])
+                log_prob = log_prob.index_put(slot, log_probs[who, where, tokens[slot]])
                 entropy[slot] = _entropy(log_probs, legal)[who, where]
             last = logits[:, -1:]
         if velocity is not None:  # now: without gradient the context grows in place

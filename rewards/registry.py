@@ -79,12 +79,12 @@ class Registry(Generic[T]):
 
 @dataclass(frozen=True)
 class EpisodeBatch:
-    """Finished episodes as a reward sees them.
+    """Episodes as a reward sees them: finished, or, for a reward on the way, as far as they have come.
 
     Attributes:
         prompts: what was asked for.
         texts: what the model wrote.
-        images: the last picture of each, `[N, 3, height, width]` float32 in [0, 1].
+        images: the last finished picture of each, `[N, 3, height, width]` float32 in [0, 1]; black before the first.
         metadata: what the task knows of each prompt and the model was not told.
         pictures: all that each episode drew, in order, `[drawn, 3, height, width]` float32; where no pictures are read (one picture, no sources) this and the
             next two are empty lists, not N entries.
