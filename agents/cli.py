@@ -89,6 +89,7 @@ def _parser() -> Parser:
         else:
             own = "/".join(dict.fromkeys(str(getattr(course.settings, entry.name)) for course in COURSES.values()))
             pretrain.add_argument(flag, type=type(entry.default), help=f"{entry.metadata['help']} [{own}]")
+    pretrain.add_argument("--prompts", type=int, default=256, help="held out, on which each scenario is measured at the end [256]")
     pretrain.add_argument("--model", help="go on from this model instead of from nothing")
     pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
     tables = command("tables", "The paper's comparisons on the shipped model, on one page: methods, penalties, guidance.")
@@ -225,7 +226,7 @@ def _pretrain(args: argparse.Namespace, console: Console) -> None:
     folder = model.save_pretrained(args.out)
     for scenario in dict.fromkeys(scenario for name in args.courses for scenario in COURSES[name].scenarios):
         variant = make_variant(scenario)
-        prompts = variant.task.prompts("test", 256, 1_000_000)
+        prompts = variant.task.prompts("test", args.prompts, 1_000_000)
         for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
             found = evaluate(model, variant, prompts, temperature=temperature)
             console.print(

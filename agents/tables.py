@@ -240,7 +240,6 @@ def play(job: Job) -> None:
     if (place / SUMMARY).is_file():
         summary = json.loads((place / SUMMARY).read_text())
         found["before"] = {name: summary[f"{name}_before"] for name in ("accuracy", "greedy_accuracy", "components")}
-        found["seconds"] = summary["seconds_training"]
     write_tensors({"images": strip.images[:8], "reward": strip.reward[:8]}, place / STRIP)
     curve = json.loads((place / CURVE).read_text()) if (place / CURVE).is_file() else []
     texts = {"prompts": [prompt.text for prompt in strip.prompts[:8]], "texts": strip.texts[:8]}

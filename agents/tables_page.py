@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import textwrap
@@ -19,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from agents.logs import read_metrics
 from agents.models.files import read_tensors
 from agents.report import FAINT, INK, PAPER, RIGHT, WRONG
+from agents.run import SUMMARY
 from agents.tables import ROWS, STRIP, Plan, Row, jobs
 from unigrpo_env.rendering import enlarge
 from unigrpo_env.shapes_world import PROMPT_KINDS
@@ -169,7 +171,7 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
             str(seed),
             change(run, "accuracy", "accuracy"),
             change(run, "greedy_accuracy", "greedy"),
-            f"{len(read_metrics(Path(run['folder'])))} iterations, {run['measures']['seconds']:.0f} s",
+            f"{len(read_metrics(Path(run['folder'])))} iterations, {_seconds(run):.0f} s",
         ]
         for row in rows
         for seed, run in enumerate(found[row.key])
@@ -229,6 +231,10 @@ def _order(found: Results) -> list[str]:
         if best
     ]
     return ["Ranges of accuracy over seeds:", "\n".join(lines)] if lines else []
+
+
+def _seconds(run: dict[str, Any]) -> float:
+    return json.loads((Path(run["folder"]) / SUMMARY).read_text())["seconds_training"]
 
 
 def _ends(run: dict[str, Any]) -> tuple[float, float]:

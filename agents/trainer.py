@@ -235,11 +235,7 @@ class Trainer:
         episodes["advantage"] = torch.stack([group_advantage(stage, group) for stage in stages], 1).view_as(episodes["returns"])
         episodes["counts"] = ~total.isnan()
         signal = torch.stack([groups_with_signal(stage, group) for stage in stages]).any(0)
-        paid = {
-            name: float(part.sum(-1).nanmean())
-            for name, part in zip(("thought_reward", "round_reward"), parts, strict=True)
-            if part.numel()
-        }
+        paid = {name: float(part.sum(-1).nanmean()) for name, part in zip(("thought_reward", "round_reward"), parts, strict=True)}
         return signal, paid | {
             "reward": float(reward.nanmean()),
             "signal": float(signal.float().mean()),

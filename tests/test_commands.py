@@ -92,7 +92,7 @@ def test_a_reward_from_a_module_of_the_user(tmp_path, monkeypatch, capsys):
 
 
 def test_pretrain(tmp_path, capsys):
-    assert main(["pretrain", "--steps", "2", "--batch-size", "4", "--out", str(tmp_path / "new")]) == 0
+    assert main(["pretrain", "--steps", "2", "--batch-size", "4", "--prompts", "8", "--out", str(tmp_path / "new")]) == 0
     told = capsys.readouterr().out
     for name in ("words", "reading", "rounds", "practice", "edit", "story"):
         assert name in told

@@ -14,9 +14,9 @@ from agents.tables_page import write_page
 def test_rows_are_configs():
     assert {row.config for row in ROWS} <= {"", *config_names()}
     assert len({row.key for row in ROWS}) == len(ROWS)
-    main_rows = [row for row in ROWS if row.seeds == 3]
+    main_rows = [row for row in ROWS if row.seeds == 3 and row.study == "table"]
     assert [row.key for row in main_rows] == ["sft", "text_grpo", "flow_grpo", "unigrpo"] == [row.key for row in ROWS[:4]]
-    trained = [job for job in jobs("x", QUICK) if job.row.config and job.row.start is None]
+    trained = [job for job in jobs("x", QUICK) if job.row.config and job.row.start is None and job.row.study != "rounds"]
     budgets = {(job.config.trainer.iterations, job.config.trainer.groups, job.config.trainer.group_size) for job in trained}
     assert len(budgets) == 1, "equal iterations and episodes"
 
@@ -27,16 +27,19 @@ def test_a_row_that_is_not_there(tmp_path, capsys):
 
 
 def test_runs_are_kept_and_the_page_shows_them(tmp_path):
-    rows, console = ["sft", "proxy_none", "refl_text_grpo", "sft_no_thinking"], Console(quiet=True)
+    rows, console = ["sft", "unigrpo", "proxy_none", "process_reward", "reflect", "refl_text_grpo", "sft_no_thinking"], Console(quiet=True)
     run_tables(tmp_path / "runs", QUICK, console, rows, workers=2)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/measures.json")}
     assert sorted(path.parent.name for path in files) == [
         "base_no_thinking-0",
+        "process_reward-0",
         "proxy_none-0",
         "refl-0",
         "refl_text_grpo-0",
+        "reflect-0",
         "sft-0",
         "sft_no_thinking-0",
+        "unigrpo-0",
     ], "what a row starts from is run too"
     run_tables(tmp_path / "runs", QUICK, console, rows, workers=1)
     assert files == {path: path.stat().st_mtime_ns for path in files}, "nothing is run twice"
@@ -44,6 +47,8 @@ def test_runs_are_kept_and_the_page_shows_them(tmp_path):
     assert "| SFT, thinking | 1 |" in page
     assert "0.7769" in page, "the paper's figure stands beside it"
     assert "no penalty" in page
+    assert "| UniGRPO with a process reward | 1 |" in page
+    assert "| Reflect | kept |" in page
     for name in ("curves", "strips", "hacking"):
         assert (tmp_path / f"tables_{name}.png").stat().st_size > 1000
 
