@@ -161,7 +161,7 @@ def write_report(
 
 
 PAPER, INK, FAINT, RIGHT, WRONG, USER = (250, 250, 248), (34, 34, 40), (120, 120, 130), (42, 157, 74), (208, 90, 58), (40, 90, 170)
-GAP, CAPTION, LINE = 16, 92, 14
+GAP, CAPTION, LINE, HEAD = 16, 106, 14, 22
 
 
 def strip(evaluation: Evaluation, index: int, side: int = 144, *, judged: bool = False) -> Image.Image:
@@ -176,7 +176,7 @@ def strip(evaluation: Evaluation, index: int, side: int = 144, *, judged: bool =
                 colour = RIGHT if _is_right(evaluation, index) else WRONG
                 pen.rectangle((left - 4, 0, left + side + 3, side + 7), fill=colour)
             sheet.paste(enlarge(panel.picture, side), (left, 4))
-        lines = [(line, INK) for line in textwrap.wrap(evaluation.prompts[index].text, wide)[: 3 if panel.source else 2] if number == 0]
+        lines = [(line, INK) for line in textwrap.wrap(evaluation.prompts[index].text, wide)[:3] if number == 0]
         lines += [(line, USER) for line in textwrap.wrap(panel.user, wide)[:2]]
         lines += [(line, FAINT) for line in textwrap.wrap(panel.words, wide)[:4]]
         for row, (line, ink) in enumerate(lines[: (CAPTION - 10) // LINE]):
@@ -205,7 +205,12 @@ def before_and_after(before: Evaluation, after: Evaluation, episodes: int = 5) -
     pairs = [[strip(evaluation, index, judged=True) for index in chosen] for evaluation in (before, after)]
     if all(len(panels(evaluation, index)) == 1 for evaluation in (before, after) for index in chosen):
         return mosaic([*pairs[0], *pairs[1]], len(chosen))
-    return mosaic([strip for pair in zip(*pairs, strict=True) for strip in pair], 2)
+    body = mosaic([strip for pair in zip(*pairs, strict=True) for strip in pair], 2)
+    sheet = Image.new("RGB", (body.width, body.height + HEAD), PAPER)
+    sheet.paste(body, (0, HEAD))
+    for title, left in (("before", GAP), ("after", GAP + (body.width - GAP) // 2)):
+        ImageDraw.Draw(sheet).text((left, 6), title, fill=INK, font=ImageFont.load_default(14))
+    return sheet
 
 
 def spread(count: int, picks: int) -> list[int]:

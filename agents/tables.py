@@ -48,6 +48,7 @@ class Row:
         paper: TA and GenEval in the paper's table 1, or a word in their place; None where it has none.
         overrides: settings beside the config.
         seeds: how many runs.
+        iterations: of 120, scaled to the plan.
         start: (row, iteration of 120, scaled to the plan): begin with that row's weights of the same seed; 0: what a row of `lessons` left.
         lessons: supervised updates by the recipe of the shipped weights, without thoughts, in place of a config.
         study: which part of the page it belongs to: table, guidance, penalty, process, rounds, kernels or text.
@@ -59,6 +60,7 @@ class Row:
     paper: tuple[float, float] | str | None = None
     overrides: tuple[str, ...] = ()
     seeds: int = 1
+    iterations: int = 120
     start: tuple[str, int] | None = None
     lessons: int = 0
     study: str = "table"
@@ -77,15 +79,15 @@ ROWS: tuple[Row, ...] = (
     Row("refl", "ReFL, thinking", "refl", (0.8120, 0.84)),
     Row("fpo", "FPO / AWR, thinking", "fpo", (0.8159, 0.85)),
     Row("unifpo", "UniFPO, thinking", "unifpo", "collapsed"),
-    Row("refl_text_grpo", "ReFL, then TextGRPO, thinking", "text_grpo", (0.7987, 0.87), ("trainer.iterations={half}",), start=("refl", 60)),
+    Row("refl_text_grpo", "ReFL, then TextGRPO, thinking", "text_grpo", (0.7987, 0.87), iterations=60, start=("refl", 60)),
     Row("proxy_none", "no penalty", "unigrpo_free", None, PROXY, study="penalty"),
     Row("proxy_latent_kl", "latent KL", "unigrpo_latent_kl", None, PROXY, study="penalty"),
     Row("proxy_velocity", "velocity MSE", "unigrpo", None, PROXY, study="penalty"),
     Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
     Row("process_reward", "UniGRPO with a process reward", "process_reward", None, seeds=3, study="process"),
     Row("edit", "Edit", "edit", None, seeds=3, study="rounds"),
-    Row("reflect", "Reflect", "reflect", None, seeds=3, study="rounds"),
-    Row("story", "Story", "story", None, ("trainer.iterations={story}",), seeds=3, study="rounds"),
+    Row("reflect", "Reflect", "reflect", None, seeds=3, iterations=90, study="rounds"),
+    Row("story", "Story", "story", None, seeds=3, iterations=70, study="rounds"),
     Row("dialogue", "Dialogue", "dialogue", None, seeds=3, study="rounds"),
     Row("base_no_thinking", "shipped model, taught to draw without a thought", "", (0.6810, 0.78), lessons=1500),
     Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83), start=("base_no_thinking", 0)),
@@ -144,10 +146,8 @@ class Job:
     def config(self) -> Config:
         """The settings of the run, or of the shipped model's evaluation."""
         thought = () if self.row.thinks else ("env.text_budget=0",)
-        shares = {"half": max(1, self.plan.iterations // 2), "story": max(1, self.plan.iterations * 70 // 120)}
-        own = [override.format(**shares) for override in self.row.overrides]
         settings = [
-            f"trainer.iterations={self.plan.iterations}",
+            f"trainer.iterations={max(1, self.plan.iterations * self.row.iterations // 120)}",
             f"trainer.seed={self.seed}",
             f"evaluation.prompts={self.plan.prompts}",
             f"output.folder={self.place}",
@@ -160,7 +160,7 @@ class Job:
         if self.base is not None:
             at = self.row.start[1] * self.plan.iterations // 120 if self.row.start else 0
             settings.append(f"model.name={self.base.place / (f'checkpoints/{max(1, at):06d}/model' if at else 'model')}")
-        return load_config(self.row.config or "unigrpo", [*settings, *thought, *self.plan.overrides, *own])
+        return load_config(self.row.config or "unigrpo", [*settings, *thought, *self.plan.overrides, *self.row.overrides])
 
     @property
     def iterations(self) -> int:

@@ -180,6 +180,7 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
         [row.title, name.split("/")[-1], *(f"{run['measures']['before']['components'][name]:.3f} → {value:.3f}" for run, value in runs)]
         for row in rows
         for name in found[row.key][0]["measures"]["parts"]
+        if "/" in name  # the rest is the accuracy itself
         if (runs := [(run, run["measures"]["parts"][name]) for run in found[row.key]])
     ]
     seeds = max(len(found[row.key]) for row in rows)
