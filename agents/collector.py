@@ -25,7 +25,7 @@ class Played:
         observation: the last one.
         reward: `[N]` float32, paid at the end; NaN: unscored.
         components: its named parts, `[N]` float32.
-        on_the_way: `thought_reward` and `round_reward`, `[N, R]` float32, what each thought and each picture was paid; 0 where there was none. Only what the variant has.
+        on_the_way: `thought_reward` and `round_reward`, `[N, R]` float32, what each thought and each picture was paid; 0 where nothing was.
     """
 
     observation: dict[str, Tensor]
@@ -50,18 +50,18 @@ def play(
     reward, rows = torch.zeros(env.num_envs), torch.arange(env.num_envs)
     components: dict[str, Tensor] = {}
     rounds = env.episodes.rules.image_budget
-    on_the_way = {name: torch.zeros(env.num_envs, rounds) for name in env.episodes.on_the_way}
+    on_the_way = {name: torch.zeros(env.num_envs, rounds) for name in ("thought_reward", "round_reward")}
     over = bool((observation["phase"] == Phase.DONE).all())
     while not over:
         decision = actor.act(observation)
         watch(observation, decision)
-        number = env.episodes.state.images_drawn.cpu().clamp(max=rounds - 1) if on_the_way else rows
         observation, _, terminated, _, infos = env.step(decision.env_action, decision.active)
         for name, paid in infos.get("paid", {}).items():
             if name == "reward":
                 reward += paid
-            else:
-                on_the_way[name][rows, number] += paid
+            else:  # a picture is counted by now, a thought's is not
+                number = env.episodes.state.images_drawn.cpu() - int(name == "round_reward")
+                on_the_way[name][rows, number.clamp(0, rounds - 1)] += paid
         over = bool(terminated.all())
         for name, values in infos.get("components", {}).items():
             components.setdefault(name, torch.full_like(values, torch.nan))[infos["ended"]] = values[infos["ended"]]
@@ -88,7 +88,7 @@ class Collector:
     | `latent` | `[L, C]` float32 | the last finished picture |
     | `images`, `image_places` | `[M, L, C]` float32, `[M]` int64 | where M > 0: clean latents that were read, and where in prompt and tokens; -1: none |
     | `reward` | float32 | paid at the end; NaN where the episode could not be scored |
-    | `thought_reward`, `round_reward` | `[R]` float32 | where the variant pays for thoughts or pictures: what each was paid |
+    | `thought_reward`, `round_reward` | `[R]` float32 | what each thought and each picture was paid; 0 where nothing was |
     | `group`, `seed` | int64 | group's id; what the actor's noise was drawn from, and x_1 unless `shared_noise` |
     | `components` | TensorDict | named parts of the reward, float32 |
 

@@ -48,7 +48,7 @@ class Row:
         paper: TA and GenEval in the paper's table 1, or a word in their place; None where it has none.
         overrides: settings beside the config.
         seeds: how many runs.
-        iterations: of 120, scaled to the plan.
+        iterations: in place of the config's; 0 for those. Either is scaled by the plan's over 120.
         start: (row, iteration of 120, scaled to the plan): begin with that row's weights of the same seed; 0: what a row of `lessons` left.
         lessons: supervised updates by the recipe of the shipped weights, without thoughts, in place of a config.
         study: which part of the page it belongs to: table, guidance, penalty, process, rounds, kernels or text.
@@ -60,7 +60,7 @@ class Row:
     paper: tuple[float, float] | str | None = None
     overrides: tuple[str, ...] = ()
     seeds: int = 1
-    iterations: int = 120
+    iterations: int = 0
     start: tuple[str, int] | None = None
     lessons: int = 0
     study: str = "table"
@@ -86,8 +86,8 @@ ROWS: tuple[Row, ...] = (
     Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
     Row("process_reward", "UniGRPO with a process reward", "process_reward", None, seeds=3, study="process"),
     Row("edit", "Edit", "edit", None, seeds=3, study="rounds"),
-    Row("reflect", "Reflect", "reflect", None, seeds=3, iterations=90, study="rounds"),
-    Row("story", "Story", "story", None, seeds=3, iterations=70, study="rounds"),
+    Row("reflect", "Reflect", "reflect", None, seeds=3, study="rounds"),
+    Row("story", "Story", "story", None, seeds=3, study="rounds"),
     Row("dialogue", "Dialogue", "dialogue", None, seeds=3, study="rounds"),
     Row("base_no_thinking", "shipped model, taught to draw without a thought", "", (0.6810, 0.78), lessons=1500),
     Row("sft_no_thinking", "SFT", "sft_no_thinking", (0.7486, 0.83), start=("base_no_thinking", 0)),
@@ -146,8 +146,9 @@ class Job:
     def config(self) -> Config:
         """The settings of the run, or of the shipped model's evaluation."""
         thought = () if self.row.thinks else ("env.text_budget=0",)
+        whole = self.row.iterations or load_config(self.row.config or "unigrpo").trainer.iterations
         settings = [
-            f"trainer.iterations={max(1, self.plan.iterations * self.row.iterations // 120)}",
+            f"trainer.iterations={max(1, self.plan.iterations * whole // 120)}",
             f"trainer.seed={self.seed}",
             f"evaluation.prompts={self.plan.prompts}",
             f"output.folder={self.place}",

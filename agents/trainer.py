@@ -222,8 +222,8 @@ class Trainer:
         `returns`, kept beside it, is what the advantage was taken from: one number an episode, or one a stage; see `algorithm.credit`.
         """
         reward, group = episodes["reward"], episodes["group"].flatten()
-        parts = [episodes.get(name, torch.zeros_like(episodes["window_times"][..., :0])) for name in ("thought_reward", "round_reward")]
-        total = reward + sum(part.sum(-1) for part in parts)
+        paid = {name: episodes[name].sum(-1) for name in ("thought_reward", "round_reward")}
+        total = reward + sum(paid.values())
         unscored = float(total.isnan().float().mean())
         if unscored > self.config.trainer.max_unscored or unscored == 1:
             raise UnscoredError(
@@ -235,8 +235,7 @@ class Trainer:
         episodes["advantage"] = torch.stack([group_advantage(stage, group) for stage in stages], 1).view_as(episodes["returns"])
         episodes["counts"] = ~total.isnan()
         signal = torch.stack([groups_with_signal(stage, group) for stage in stages]).any(0)
-        paid = {name: float(part.sum(-1).nanmean()) for name, part in zip(("thought_reward", "round_reward"), parts, strict=True)}
-        return signal, paid | {
+        return signal, {name: float(value.nanmean()) for name, value in paid.items()} | {
             "reward": float(reward.nanmean()),
             "signal": float(signal.float().mean()),
             "unscored": unscored,
@@ -246,12 +245,11 @@ class Trainer:
     def _stage_returns(self, episodes: TensorDict) -> Tensor:
         """`stage_returns` of groups of episodes, `[groups, group_size, 2 R]`."""
         flat, rounds = episodes.flatten(0, 1), self.variant.rules.image_budget
-        nothing = torch.zeros(len(flat), rounds, device=flat.device)
         begun = torch.ones_like(flat["images_drawn"])
         if rounds > 1:
             begun = 1 + (flat["image_places"][:, 1 - rounds :] >= 0).sum(1)
-        thoughts, pictures = flat.get("thought_reward", nothing), flat.get("round_reward", nothing)
-        return stage_returns(flat["reward"], thoughts, pictures, flat["images_drawn"], begun).view(*episodes.batch_size, -1)
+        found = stage_returns(flat["reward"], flat["thought_reward"], flat["round_reward"], flat["images_drawn"], begun)
+        return found.view(*episodes.batch_size, -1)
 
     @torch.no_grad()
     def _recompute(self, parts: list[TensorDict]) -> None:

@@ -65,6 +65,12 @@ def _scored(episodes: EpisodeBatch, key: str, verdict: Callable[[int], Verdict])
     return {"reward": strict, "score": score}
 
 
+def _layouts(episodes: EpisodeBatch) -> list[list[list[int]]]:
+    """What each picture of each episode shows, read in one call."""
+    cells = iter(read(torch.cat(episodes.pictures)).tolist())
+    return [[next(cells) for _ in pictures] for pictures in episodes.pictures]
+
+
 def edit(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """1 if the last picture is the source with the one change that the prompt asks for; `score` is the share of requirements met."""
 
@@ -86,14 +92,16 @@ def edit_thought(episodes: EpisodeBatch) -> Tensor:
 
 def story(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """1 if every picture of a story is right and agrees with the one before; `score` is the share of pictures that do."""
-    return _scored(episodes, "parts", lambda row: judge_story(read(episodes.pictures[row]).tolist(), episodes.metadata[row]["parts"]))
+    layouts = _layouts(episodes)
+    return _scored(episodes, "parts", lambda row: judge_story(layouts[row], episodes.metadata[row]["parts"]))
 
 
 def dialogue(episodes: EpisodeBatch) -> dict[str, Tensor]:
     """1 if the first picture is what was asked for and each later one is the one before with the change that the user then asked for."""
+    drawn = _layouts(episodes)
 
     def verdict(row: int) -> Verdict:
-        layouts, metadata = read(episodes.pictures[row]).tolist(), episodes.metadata[row]
+        layouts, metadata = drawn[row], episodes.metadata[row]
         requirements = {f"first: {name}": met for name, met in judge(layouts[0], metadata).requirements.items()}
         for number, change in enumerate(metadata["edits"], 1):
             there = number < len(layouts)
@@ -109,13 +117,12 @@ def reflect(episodes: EpisodeBatch) -> dict[str, Tensor]:
 
     Logged beside it: `first`, whether the first picture does; `kept`, whether the episode ended with a first picture that does; `content`, the same of one that does not.
     """
-    known = [index for index, metadata in enumerate(episodes.metadata) if "objects" in metadata]
     found = {name: torch.full((len(episodes),), torch.nan) for name in ("reward", "first", "kept", "content")}
-    for row in known:
-        pictures = episodes.pictures[row]
-        first, last = (judge(layout, episodes.metadata[row]).strict for layout in read(pictures[[0, -1]]).tolist())
-        found["reward"][row], found["first"][row] = last, first
-        found["kept"][row], found["content"][row] = (float(len(pictures) == 1 and first == right) for right in (1, 0))
+    for row, (layouts, metadata) in enumerate(zip(_layouts(episodes), episodes.metadata, strict=True)):
+        if "objects" in metadata:
+            first, last = (judge(layout, metadata).strict for layout in (layouts[0], layouts[-1]))
+            found["reward"][row], found["first"][row] = last, first
+            found["kept"][row], found["content"][row] = (float(len(layouts) == 1 and first == right) for right in (1, 0))
     return found
 
 

@@ -230,16 +230,16 @@ class Episodes:
         return self._batch(rows, torch.cat([drawn[-1:] if len(drawn) else blank for drawn in self.pictures(rows)]), True)
 
     def _batch(self, rows: Sequence[int], images: Tensor, whole: bool) -> EpisodeBatch:
-        prompts = [cast(Prompt, self.prompts[row]) for row in rows]
+        prompts, said = [cast(Prompt, self.prompts[row]) for row in rows], self.rounds(rows)
         batch = EpisodeBatch(
             prompts=[prompt.text for prompt in prompts],
-            texts=self.texts(rows),
+            texts=[" ".join(filter(None, words)) for words in said],
             images=images,
             metadata=[prompt.metadata for prompt in prompts],
         )
         if whole:
             batch.pictures.extend(self.pictures(rows))
-            batch.rounds.extend(self.rounds(rows))
+            batch.rounds.extend(said)
             batch.sources.extend(torch.stack(list(prompt.sources)) if prompt.sources else images[:0] for prompt in prompts)
         return batch
 

@@ -27,6 +27,10 @@ OPENINGS = ("", "draw ", "show ", "a picture of ")
 RELATIONS = ("left of", "right of", "above", "below")
 CONFUSED = {"left of": "right of", "right of": "left of", "below": "above"}
 """What a habit takes a relation for."""
+SUMS = [
+    *((first, "plus", second) for first, second in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (1, 3))),
+    *((first, "minus", second) for first, second in ((4, 1), (4, 2), (3, 1))),
+]
 FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends": 2}
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
 FOREIGN_KINDS = ("three", "mixed", "chain")
@@ -122,19 +126,7 @@ def make_prompt(kind: str, rng: random.Random) -> Prompt:
         count = rng.choice([2, 3, 4])
         text, objects = f"{NUMBERS[count]} {_many(maybe, shape)}", [{"count": count, "colour": maybe, "shape": shape}]
     elif kind == "sum":
-        first, sign, second = rng.choice(
-            [
-                (1, "plus", 1),
-                (1, "plus", 2),
-                (2, "plus", 1),
-                (2, "plus", 2),
-                (3, "plus", 1),
-                (1, "plus", 3),
-                (4, "minus", 1),
-                (4, "minus", 2),
-                (3, "minus", 1),
-            ]
-        )
+        first, sign, second = rng.choice(SUMS)
         count = first + second if sign == "plus" else first - second
         text, objects = (
             f"{NUMBERS[first]} {sign} {NUMBERS[second]} {_many(maybe, shape)}",

@@ -31,7 +31,7 @@ class ToyTask:
     def prompts(self, split: str, count: int, seed: int) -> list[Prompt]:
         return [Prompt(WORDS[(seed + index) % 2], {"answer": WORDS[(seed + index) % 2]}) for index in range(count)]
 
-    def lessons(self, count: int, seed: int, *, clean: bool = True) -> list[Lesson]:
+    def lessons(self, count: int, seed: int, *, clean: bool = False) -> list[Lesson]:
         """The best answers: the prompt's own word, and a picture `[1, 3, 2, 2]` of its grey."""
         return [
             Lesson(prompt, (prompt.text,), torch.full((1, 3, 2, 2), LEVELS[WORDS.index(prompt.text)]))
