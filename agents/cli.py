@@ -63,42 +63,9 @@ def _parser() -> Parser:
         "--best-of", type=int, default=1, metavar="K", help="the best of K sampled episodes a prompt, by the reward itself [1]"
     )
     test.add_argument("--out", help="write the figures to this JSON file")
-    sample = command("sample", "Let a model think about a prompt and draw it.")
-    sample.add_argument("prompt", help="what to draw, such as 'two red circles'")
-    sample.add_argument("--model", default="tiny", help="known model or folder of a saved one [tiny]")
-    sample.add_argument("--variant", default="text_to_image", help="registered variant [text_to_image]")
-    sample.add_argument(
-        "--source", action="append", default=[], metavar="PICTURE", help="picture that the model reads first, in variants that take some"
-    )
-    sample.add_argument(
-        "--turn", action="append", default=[], metavar="TEXT", help="what the user says after a picture, in variants where they speak"
-    )
-    sample.add_argument("--steps", type=int, help="denoising steps; the variant's own if left out")
-    sample.add_argument("--temperature", type=float, default=1.0, help="of the words; 0 for greedy [1.0]")
-    sample.add_argument("--seed", type=int, default=0, help="of words and picture [0]")
-    sample.add_argument("--count", type=int, default=1, help="episodes, from this seed on [1]")
-    sample.add_argument("--out", default="outputs/sample.png", help="where the picture goes [outputs/sample.png]")
-    pretrain = command("pretrain", "Train the tiny model's weights, as shipped, from nothing.")
-    from agents.supervised import COURSES, SupervisedSettings
-
-    pretrain.add_argument("--courses", nargs="+", choices=list(COURSES), default=list(COURSES), help=f"what to teach [{' '.join(COURSES)}]")
-    for entry in dataclasses.fields(SupervisedSettings):
-        flag = "--" + entry.name.replace("_", "-")
-        if isinstance(entry.default, bool):
-            pretrain.add_argument(flag, action="store_true", default=None, help=entry.metadata["help"])
-        else:
-            own = "/".join(dict.fromkeys(str(getattr(course.settings, entry.name)) for course in COURSES.values()))
-            pretrain.add_argument(flag, type=type(entry.default), help=f"{entry.metadata['help']} [{own}]")
-    pretrain.add_argument("--prompts", type=int, default=256, help="held out, on which each scenario is measured at the end [256]")
-    pretrain.add_argument("--model", help="go on from this model instead of from nothing")
-    pretrain.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
-    tables = command("tables", "The paper's comparisons on the shipped model, on one page: methods, penalties, guidance.")
-    tables.add_argument("--out", default="outputs/tables", help="folder of runs and page; what is done there is kept [outputs/tables]")
-    tables.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
-    tables.add_argument("--extras", action="store_true", help="also the studies of kernels, windows and text, which the paper has not")
-    tables.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows alone")
-    tables.add_argument("--workers", type=int, help="runs at a time, one thread each; as many as cores if left out")
-    tables.add_argument("--page-only", action="store_true", help="write the page of what is there already")
+    _sample_options(command("sample", "Let a model think about a prompt and draw it."))
+    _pretrain_options(command("pretrain", "Train the tiny model's weights, as shipped, from nothing."))
+    _tables_options(command("tables", "The paper's comparisons and the other scenarios on the shipped model, on one page."))
     command("list", "What is there: methods, kernels, objectives, variants, rewards, models.")
     return parser
 
@@ -154,6 +121,23 @@ def _evaluate(args: argparse.Namespace, console: Console) -> None:
         write_json(figures, Path(args.out))
 
 
+def _sample_options(parser: Parser) -> None:
+    parser.add_argument("prompt", help="what to draw, such as 'two red circles'")
+    parser.add_argument("--model", default="tiny", help="known model or folder of a saved one [tiny]")
+    parser.add_argument("--variant", default="text_to_image", help="registered variant [text_to_image]")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="PICTURE", help="picture that the model reads first, in variants that take some"
+    )
+    parser.add_argument(
+        "--turn", action="append", default=[], metavar="TEXT", help="what the user says after a picture, in variants where they speak"
+    )
+    parser.add_argument("--steps", type=int, help="denoising steps; the variant's own if left out")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the words; 0 for greedy [1.0]")
+    parser.add_argument("--seed", type=int, default=0, help="of words and picture [0]")
+    parser.add_argument("--count", type=int, default=1, help="episodes, from this seed on [1]")
+    parser.add_argument("--out", default="outputs/sample.png", help="where the picture goes [outputs/sample.png]")
+
+
 def _sample(args: argparse.Namespace, console: Console) -> None:
     from agents.evaluation import evaluate
     from agents.models import load_model
@@ -186,6 +170,22 @@ def _sample(args: argparse.Namespace, console: Console) -> None:
     single = args.count == 1 and len(panels(found, 0)) == 1
     (enlarge(found.images[0], 384) if single else contact_sheet(found)).save(out)
     console.print(f"[bold]{out}[/bold]", highlight=False)
+
+
+def _pretrain_options(parser: Parser) -> None:
+    from agents.supervised import COURSES, SupervisedSettings
+
+    parser.add_argument("--courses", nargs="+", choices=list(COURSES), default=list(COURSES), help=f"what to teach [{' '.join(COURSES)}]")
+    for entry in dataclasses.fields(SupervisedSettings):
+        flag = "--" + entry.name.replace("_", "-")
+        if isinstance(entry.default, bool):
+            parser.add_argument(flag, action="store_true", default=None, help=entry.metadata["help"])
+        else:
+            own = "/".join(dict.fromkeys(str(getattr(course.settings, entry.name)) for course in COURSES.values()))
+            parser.add_argument(flag, type=type(entry.default), help=f"{entry.metadata['help']} [{own}]")
+    parser.add_argument("--prompts", type=int, default=256, help="held out, on which each scenario is measured at the end [256]")
+    parser.add_argument("--model", help="go on from this model instead of from nothing")
+    parser.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
 
 
 def _pretrain(args: argparse.Namespace, console: Console) -> None:
@@ -235,6 +235,15 @@ def _pretrain(args: argparse.Namespace, console: Console) -> None:
                 soft_wrap=True,
             )
     console.print(f"weights  {folder}", highlight=False)
+
+
+def _tables_options(parser: Parser) -> None:
+    parser.add_argument("--out", default="outputs/tables", help="folder of runs and page; what is done there is kept [outputs/tables]")
+    parser.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
+    parser.add_argument("--extras", action="store_true", help="also the studies of kernels, windows and text, which the paper has not")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows alone")
+    parser.add_argument("--workers", type=int, help="runs at a time, one thread each; as many as cores if left out")
+    parser.add_argument("--page-only", action="store_true", help="write the page of what is there already")
 
 
 def _tables(args: argparse.Namespace, console: Console) -> None:

@@ -6,6 +6,7 @@ layouts; `read` turns pixels back into layouts; `judge` sets them against what a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,8 @@ KINDS: tuple[tuple[str, str], ...] = tuple((colour, shape) for colour in COLOURS
 """(colour, shape) of cell value 1, 2, ...; cell value 0 is empty."""
 PLACES = ("top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom", "bottom-right")
 """The cells by name, row by row."""
+RIGHT, WRONG = "right-picture", "wrong-picture"
+"""What a thought may say of the last picture. Before it stands what was seen there, after it the plan of a further one."""
 UNREADABLE = -1
 TOLERANCE = 0.17
 """A cell is legible if its nearest template is within this root mean square distance (pixel values in [0, 1])."""
@@ -158,9 +161,14 @@ def verdicts(episodes: EpisodeBatch) -> list[Verdict | None]:
     return [judge(layout, known) if "objects" in known else None for layout, known in zip(layouts, episodes.metadata, strict=True)]
 
 
+def _plan(thought: str) -> str:
+    """What a thought says after its verdict."""
+    return re.split(f"{RIGHT}|{WRONG}", thought)[-1].strip()
+
+
 def read_words(text: str) -> list[int] | None:
-    """The layout that a thought such as `two : red circle top , red circle left` describes; None if it describes none. A verdict before it is passed over."""
-    layout, text = [0] * (GRID * GRID), text.removeprefix("right-picture ").removeprefix("wrong-picture ")
+    """The layout that a plan such as `two : red circle top , red circle left` describes, in a thought that may judge the last picture first; None: none."""
+    layout, text = [0] * (GRID * GRID), _plan(text)
     for part in text.partition(" : ")[2].split(" , ") if " : " in text else text.split(" , "):
         words = part.split()
         if len(words) != 3 or (words[0], words[1]) not in KINDS or words[2] not in PLACES or layout[PLACES.index(words[2])]:
@@ -170,11 +178,10 @@ def read_words(text: str) -> list[int] | None:
 
 
 def shapes_thought(episodes: EpisodeBatch) -> Tensor:
-    """1 if the layout that the thought (of several: the last that has a picture or waits for one) describes meets every requirement, whatever was drawn; 0 if it describes none."""
+    """1 if the layout that the thought (of several: the last with a plan) describes meets every requirement, whatever was drawn; 0 if it describes none."""
     thoughts = episodes.texts
     if episodes.rounds:
-        # A verdict alone ends an episode; the thought is what came before it.
-        thoughts = [said[-2] if len(said) > 1 and said[-1] == "right-picture" else said[-1] for said in episodes.rounds]
+        thoughts = [next(filter(_plan, reversed(said)), "") for said in episodes.rounds]
     layouts = [read_words(text) for text in thoughts]
     return torch.tensor(
         [

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from rewards.rounds import find
-from rewards.shapes import COLOURS, GRID, KINDS, SHAPES, draw, judge, relation_holds
+from rewards.shapes import COLOURS, GRID, KINDS, RIGHT, SHAPES, WRONG, draw, judge, relation_holds
 from unigrpo_env.shapes_world import CONFUSED, HELD_OUT_SHARE, RELATIONS, Hand, Layout, Plan, ShapesTask, make_plan, make_prompt, rates
 from unigrpo_env.tasks import Lesson, Prompt, Task
 
@@ -116,12 +116,16 @@ class _Lessons:
         """See `unigrpo_env.tasks.Teacher`."""
         rng = random.Random(f"lessons-{type(self).__name__}-{seed}")
         prompts = cast(Task, self).prompts("train", count, seed)
-        told = [self.lesson(prompt, rng, *rates(clean)) for prompt in prompts]
-        return [Lesson(prompt, tuple(words), draw(torch.tensor(cells))) for prompt, (words, cells) in zip(prompts, told, strict=True)]
+        return _drawn(prompts, [self.lesson(prompt, rng, *rates(clean)) for prompt in prompts])
 
     def drills(self, count: int, seed: int) -> list[Lesson]:
         """Flawless lessons."""
         return self.lessons(count, seed + 500_000, clean=True)
+
+
+def _drawn(prompts: list[Prompt], told: list[tuple[list[str], list[Layout]]]) -> list[Lesson]:
+    """Prompts and what `lesson` tells of them, as lessons."""
+    return [Lesson(prompt, tuple(words), draw(torch.tensor(cells))) for prompt, (words, cells) in zip(prompts, told, strict=True)]
 
 
 class _Tries(_Lessons):
@@ -164,9 +168,9 @@ class EditTask(_Tries):
 
 
 class ReflectTask(_Lessons, ShapesTask):
-    """The prompts of one picture, with lessons that look at what was drawn, and draw again or stop.
+    """The prompts of one picture, with lessons that look at what was drawn, say what they see and whether it is right, and draw again or stop.
 
-    The lessons' habit is to be content: most wrong pictures are called right.
+    The lessons' habit is to be content: of the wrong pictures, a third is called right.
 
     Args:
         pictures: how many there may be.
@@ -179,17 +183,28 @@ class ReflectTask(_Lessons, ShapesTask):
     def lesson(
         self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
     ) -> tuple[list[str], list[Layout]]:
-        words, layouts = list[str](), list[Layout]()
-        verdict = ""
-        while len(layouts) < self.pictures:
+        return self._tries(prompt, rng, [(text_habit, image_habit, slip)] * self.pictures)
+
+    def drills(self, count: int, seed: int) -> list[Lesson]:
+        """Lessons whose first picture errs as others do, and nothing else: they teach to tell right from wrong."""
+        rng = random.Random(f"drills-{type(self).__name__}-{seed}")
+        errors = [rates(clean=False), *[rates(clean=True)] * (self.pictures - 1)]
+        prompts = self.prompts("train", count, seed + 500_000)
+        return _drawn(prompts, [self._tries(prompt, rng, errors) for prompt in prompts])
+
+    def _tries(self, prompt: Prompt, rng: random.Random, errors: list[tuple[float, float, float]]) -> tuple[list[str], list[Layout]]:
+        """Words and pictures with each picture's rates of error; the last ones are the verdicts' too."""
+        words, layouts, seen = list[str](), list[Layout](), ""
+        content, misjudged = errors[-1][0] / 2, errors[-1][2]
+        for text_habit, image_habit, slip in errors:
             plan = make_plan(prompt, rng, text_habit, slip)
-            words.append(f"{verdict} {plan.words()}".strip())
+            words.append(f"{seen} {plan.words()}".strip())
             layouts.append(Hand.of(rng, image_habit, slip).paint(plan, rng))
             right = judge(layouts[-1], prompt.metadata).strict == 1
-            mistaken = rng.random() < (slip if right else text_habit)
-            verdict = "right-picture" if right != mistaken else "wrong-picture"
-            if verdict == "right-picture" and len(layouts) < self.pictures:
-                words.append(f"{verdict} <end>")
+            verdict = RIGHT if right != (rng.random() < (misjudged if right else content)) else WRONG
+            seen = f"{Plan.of(layouts[-1]).words()} {verdict}".strip()
+            if verdict == RIGHT and len(layouts) < self.pictures:
+                words.append(f"{seen} <end>")
                 break
         return words, layouts
 

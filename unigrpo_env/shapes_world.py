@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from rewards.shapes import COLOURS, GRID, KINDS, PLACES, SHAPES, draw
+from rewards.shapes import COLOURS, GRID, KINDS, PLACES, RIGHT, SHAPES, WRONG, draw
 from unigrpo_env.tasks import Lesson, Prompt
 
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -35,7 +35,7 @@ FACTS = {"a triangle has corners": 3, "a square has sides": 4, "a line has ends"
 PROMPT_KINDS = ("single", "two", "counting", "colours", "position", "attribute", "sum", "corners")
 FOREIGN_KINDS = ("three", "mixed", "chain")
 """Kinds that no training prompt has: three objects, two counts, and sums of three numbers."""
-ROUND_WORDS = ("<end>", "make", "remove", "put", "the", "then", "right-picture", "wrong-picture")
+ROUND_WORDS = ("<end>", "make", "remove", "put", "the", "then", RIGHT, WRONG)
 """Words that only episodes of several pictures need; they stand last in the vocabulary."""
 MARKS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<unk>")
 HELD_OUT_SHARE = 5

@@ -102,8 +102,8 @@ def edit(*, task: Task | None = None, **rules: Any) -> Variant:
 
 
 @register_variant("reflect")
-def reflect(*, task: Task | None = None, image_budget: int = 3, price: float = 0.05, **rules: Any) -> Variant:
-    """Think, draw, look at the picture, and draw again or stop: the last picture counts, every further one has a price."""
+def reflect(*, task: Task | None = None, image_budget: int = 3, text_budget: int = 36, price: float = 0.05, **rules: Any) -> Variant:
+    """Think, draw, look at the picture, say what is there and whether it is right, and draw again or stop: the last picture counts, every further one has a price."""
     end = shapes_tokenizer().get_vocab()["<end>"]
     reward = {"reflect": 1.0, "extra_pictures": -price}
     variant = shapes_variant(
@@ -111,6 +111,7 @@ def reflect(*, task: Task | None = None, image_budget: int = 3, price: float = 0
         reward=reward,
         rounds=True,
         image_budget=image_budget,
+        text_budget=text_budget,
         end_id=end,
         end_before_image=False,
         **rules,
