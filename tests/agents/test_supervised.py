@@ -1,5 +1,7 @@
 """Lessons of every scenario: what they show, and that supervised training reads them as the env would lay them out."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from agents.actor import Actor
 from agents.models import load_model
 from agents.supervised import COURSES, SupervisedSettings, supervised_losses, teach, teacher, train_supervised
 from rewards import WeightedReward
+from rewards.shapes import RIGHT, WRONG, read, read_words
 from unigrpo_env.mdp import Phase
 from unigrpo_env.shapes_world import shapes_tokenizer
 from unigrpo_env.tasks import episodes_of
@@ -26,7 +29,7 @@ def test_clean_lessons_are_right_and_habits_are_not(name):
     variant, reward = measure(name)
     clean, habitual = (reward(episodes_of(teacher(variant).lessons(300, 7, clean=clean))).reward.mean() for clean in (True, False))
     assert clean == 1
-    assert 0.05 < habitual < 0.55
+    assert 0.05 < habitual < 0.65
     drills = teacher(variant).drills(50, 7)
     if name != "text_to_image":  # free layouts under an open prompt: nothing is asked that could be judged
         assert reward(episodes_of(drills)).reward.mean() == 1
@@ -51,9 +54,21 @@ def test_lessons_fit_the_budgets_and_are_in_words_that_are_known(name):
 def test_a_habit_of_reflection_is_to_be_content():
     lessons = teacher(make_variant("reflect")).lessons(500, 3)
     parts = WeightedReward("reflect")(episodes_of(lessons)).components
-    assert parts["reflect/content"].mean() > 0.3, "most wrong pictures are called right"
+    assert 0.2 < parts["reflect/content"].sum() / (1 - parts["reflect/first"]).sum() < 0.45, "a third of the wrong pictures is called right"
     assert parts["reflect/kept"].mean() > 0.9 * parts["reflect/first"].mean(), "right ones nearly always"
     assert parts["reflect"].mean() > parts["reflect/first"].mean()
+
+
+def test_drills_of_reflection_tell_right_from_wrong():
+    drills = teacher(make_variant("reflect")).drills(500, 3)
+    parts = WeightedReward("reflect")(episodes_of(drills)).components
+    assert 0.3 < parts["reflect/first"].mean() < 0.7, "both are seen"
+    assert parts["reflect"].mean() == 1
+    assert torch.equal(parts["reflect/kept"], parts["reflect/first"])
+    for drill in drills:
+        for words, seen in zip(drill.thoughts[1:], read(drill.pictures).tolist(), strict=False):
+            told = re.split(f"{RIGHT}|{WRONG}", words)[0].strip()
+            assert read_words(told) == (seen if told else None), "what it says of a picture is what the picture shows"
 
 
 @torch.no_grad()

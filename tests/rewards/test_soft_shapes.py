@@ -54,9 +54,9 @@ def test_thoughts_are_read_as_layouts():
     episodes = episodes_of(ShapesTask().lessons(200, 3, clean=True))
     for text, known in zip(episodes.texts, episodes.metadata, strict=True):
         assert judge(read_words(text), known).strict == 1
-        assert read_words(f"wrong-picture {text}") == read_words(text)
+        assert read_words(f"red circle top wrong-picture {text}") == read_words(text)
     assert shapes_thought(episodes).sum() == 200
-    said = dataclasses.replace(episodes, rounds=[["nonsense", text, "right-picture"] for text in episodes.texts])
+    said = dataclasses.replace(episodes, rounds=[["nonsense", text, "red circle top right-picture"] for text in episodes.texts])
     assert shapes_thought(said).sum() == 200
     assert shapes_thought(dataclasses.replace(said, rounds=[[text, "nonsense"] for text in said.texts])).sum() == 0
     for nonsense in ("", "red circle", "red circle top , blue square top", "two : red", "circle red top"):

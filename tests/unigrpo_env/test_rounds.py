@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from rewards import EpisodeBatch
-from rewards.rounds import dialogue, edit, extra_pictures, judge_edit, judge_story, story
+from rewards.rounds import dialogue, edit, edit_thought, extra_pictures, judge_edit, judge_story, story
 from rewards.shapes import KINDS, draw
 from unigrpo_env.env import InterleavedGenEnv
 from unigrpo_env.mdp import Phase, Rules
 from unigrpo_env.rounds_world import DialogueTask, EditTask, StoryTask, make_edit
 from unigrpo_env.shapes_world import shapes_tokenizer
-from unigrpo_env.tasks import Prompt
+from unigrpo_env.tasks import Prompt, episodes_of
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
@@ -232,6 +232,16 @@ def test_edits_are_judged_by_the_change_and_by_the_rest(seed):
     )
     assert edit(batch)["reward"].tolist() == [1]
     assert edit(dataclasses.replace(batch, images=prompt.sources[0][None]))["reward"].tolist() == [0]
+
+
+def test_the_thought_of_an_edit_is_judged_apart_from_its_picture():
+    told = episodes_of(EditTask().drills(50, 0))
+    assert edit_thought(told).sum() == 50
+    undrawn = dataclasses.replace(told, images=torch.stack([sources[-1] for sources in told.sources]))
+    assert edit(undrawn)["reward"].sum() == 0
+    assert edit_thought(undrawn).sum() == 50
+    assert edit_thought(dataclasses.replace(told, texts=["nonsense"] * 50)).sum() == 0
+    assert edit_thought(dataclasses.replace(told, metadata=[{}] * 50)).isnan().all()
 
 
 def solve(before, change, rng):
