@@ -170,7 +170,7 @@ class EditTask(_Tries):
 class ReflectTask(_Lessons, ShapesTask):
     """The prompts of one picture, with lessons that look at what was drawn, say what they see and whether it is right, and draw again or stop.
 
-    The lessons' habit is to be content: of the wrong pictures, a third is called right.
+    Each further try has its habits half as often as the one before. Verdicts have none; they slip.
 
     Args:
         pictures: how many there may be.
@@ -183,7 +183,7 @@ class ReflectTask(_Lessons, ShapesTask):
     def lesson(
         self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
     ) -> tuple[list[str], list[Layout]]:
-        return self._tries(prompt, rng, [(text_habit, image_habit, slip)] * self.pictures)
+        return self._tries(prompt, rng, [(text_habit / 2**n, image_habit / 2**n, slip) for n in range(self.pictures)])
 
     def drills(self, count: int, seed: int) -> list[Lesson]:
         """Lessons whose first picture errs as others do, and nothing else: they teach to tell right from wrong."""
@@ -193,16 +193,18 @@ class ReflectTask(_Lessons, ShapesTask):
         return _drawn(prompts, [self._tries(prompt, rng, errors) for prompt in prompts])
 
     def _tries(self, prompt: Prompt, rng: random.Random, errors: list[tuple[float, float, float]]) -> tuple[list[str], list[Layout]]:
-        """Words and pictures with each picture's rates of error; the last ones are the verdicts' too."""
+        """Words and pictures with each picture's rates of error; verdicts slip as often as the last."""
         words, layouts, seen = list[str](), list[Layout](), ""
-        content, misjudged = errors[-1][0] / 2, errors[-1][2]
         for text_habit, image_habit, slip in errors:
             plan = make_plan(prompt, rng, text_habit, slip)
             words.append(f"{seen} {plan.words()}".strip())
             layouts.append(Hand.of(rng, image_habit, slip).paint(plan, rng))
-            right = judge(layouts[-1], prompt.metadata).strict == 1
-            verdict = RIGHT if right != (rng.random() < (misjudged if right else content)) else WRONG
-            seen = f"{Plan.of(layouts[-1]).words()} {verdict}".strip()
+            slipped = rng.random() < errors[-1][2]
+            verdict = RIGHT if (judge(layouts[-1], prompt.metadata).strict == 1) != slipped else WRONG
+            there = Plan.of(layouts[-1])
+            if plan.count is not None:
+                there.count = len(there.objects)
+            seen = f"{there.words()} {verdict}".strip()
             if verdict == RIGHT and len(layouts) < self.pictures:
                 words.append(f"{seen} <end>")
                 break
