@@ -72,10 +72,14 @@ def _layouts(episodes: EpisodeBatch) -> list[list[list[int]]]:
 
 
 def edit(episodes: EpisodeBatch) -> dict[str, Tensor]:
-    """1 if the last picture is the source with the one change that the prompt asks for; `score` is the share of requirements met."""
+    """1 if the last picture is the source with the one change that the prompt asks for; `score` is the share of requirements met.
 
+    Logged beside it: `thought`, see `edit_thought`; `lucky`, a right picture after a thought that is not.
+    """
     before, after = (read(pictures).tolist() for pictures in (torch.stack([s[-1] for s in episodes.sources]), episodes.images))
-    return _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
+    found = _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
+    thought = edit_thought(episodes)
+    return found | {"thought": thought, "lucky": found["reward"] * (1 - thought)}
 
 
 def edit_thought(episodes: EpisodeBatch) -> Tensor:

@@ -29,7 +29,7 @@ def test_clean_lessons_are_right_and_habits_are_not(name):
     variant, reward = measure(name)
     clean, habitual = (reward(episodes_of(teacher(variant).lessons(300, 7, clean=clean))).reward.mean() for clean in (True, False))
     assert clean == 1
-    assert 0.05 < habitual < 0.65
+    assert 0.05 < habitual < (0.95 if name == "reflect" else 0.55)
     drills = teacher(variant).drills(50, 7)
     if name != "text_to_image":  # free layouts under an open prompt: nothing is asked that could be judged
         assert reward(episodes_of(drills)).reward.mean() == 1
@@ -51,12 +51,13 @@ def test_lessons_fit_the_budgets_and_are_in_words_that_are_known(name):
             assert not set(ids) & set(rules.forbidden_ids)
 
 
-def test_a_habit_of_reflection_is_to_be_content():
+def test_lessons_of_reflection_judge_better_than_they_draw():
     lessons = teacher(make_variant("reflect")).lessons(500, 3)
     parts = WeightedReward("reflect")(episodes_of(lessons)).components
-    assert 0.2 < parts["reflect/content"].sum() / (1 - parts["reflect/first"]).sum() < 0.45, "a third of the wrong pictures is called right"
-    assert parts["reflect/kept"].mean() > 0.9 * parts["reflect/first"].mean(), "right ones nearly always"
-    assert parts["reflect"].mean() > parts["reflect/first"].mean()
+    assert parts["reflect/first"].mean() < 0.55
+    assert 0 < parts["reflect/content"].sum() < 0.15 * (1 - parts["reflect/first"]).sum(), "few wrong pictures are called right"
+    assert 0.85 < parts["reflect/kept"].sum() / parts["reflect/first"].sum() < 1, "and few right ones wrong"
+    assert parts["reflect"].mean() > parts["reflect/first"].mean() + 0.2
 
 
 def test_drills_of_reflection_tell_right_from_wrong():
@@ -68,7 +69,7 @@ def test_drills_of_reflection_tell_right_from_wrong():
     for drill in drills:
         for words, seen in zip(drill.thoughts[1:], read(drill.pictures).tolist(), strict=False):
             told = re.split(f"{RIGHT}|{WRONG}", words)[0].strip()
-            assert read_words(told) == (seen if told else None), "what it says of a picture is what the picture shows"
+            assert read_words(told) == (seen if any(seen) else None), "what it says of a picture is what the picture shows"
 
 
 @torch.no_grad()

@@ -238,9 +238,11 @@ def test_the_thought_of_an_edit_is_judged_apart_from_its_picture():
     told = episodes_of(EditTask().drills(50, 0))
     assert edit_thought(told).sum() == 50
     undrawn = dataclasses.replace(told, images=torch.stack([sources[-1] for sources in told.sources]))
-    assert edit(undrawn)["reward"].sum() == 0
+    assert [edit(undrawn)[part].sum() for part in ("reward", "thought", "lucky")] == [0, 50, 0]
     assert edit_thought(undrawn).sum() == 50
-    assert edit_thought(dataclasses.replace(told, texts=["nonsense"] * 50)).sum() == 0
+    unsaid = dataclasses.replace(told, texts=["nonsense"] * 50)
+    assert edit_thought(unsaid).sum() == 0
+    assert edit(unsaid)["lucky"].sum() == 50
     assert edit_thought(dataclasses.replace(told, metadata=[{}] * 50)).isnan().all()
 
 
