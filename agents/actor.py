@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.flow import KERNELS, Window, ode_step
-from agents.guidance import Guidance, guided_velocity
+from agents.guidance import Guidance, guided
 from agents.models.seam import Context, UnifiedModel
 from unigrpo_env.mdp import Phase, keyed_noise
 
@@ -120,8 +120,8 @@ class Actor:
             raise ValueError(f"expected temperature >= 0, got {temperature}")
         if kernel not in (*KERNELS, "ode"):
             raise ValueError(f"expected kernel to be one of {', '.join(KERNELS)} or ode, got {kernel!r}")
-        self.model, self.temperature, self.window, self.noise_level = model, temperature, window, noise_level
-        self.kernel, self.guidance = None if kernel == "ode" else KERNELS[kernel], guidance
+        self.model, self.temperature, self.window, self.noise_level = guided(model, guidance), temperature, window, noise_level
+        self.kernel = None if kernel == "ode" else KERNELS[kernel]
         self.window_start: Tensor | None = None
         self._context: Context | None = None
         self._few: tuple[Tensor, Tensor, Context] | None = None
@@ -273,12 +273,12 @@ class Actor:
         """Of the `active` rows; 0 elsewhere. A few rows get a context of their own for as long as they draw."""
         assert self._context is not None
         if bool(active.all()):
-            return guided_velocity(self.model, self._context, x, t, self.guidance)
+            return self.model.velocity(self._context, x, t)
         if self._few is None or not torch.equal(self._few[0], active):
             rows = active.nonzero()[:, 0]
             self._few = active.clone(), rows, self._context.select(rows)
         _, rows, context = self._few
-        return torch.zeros_like(x).index_copy(0, rows, guided_velocity(self.model, context, x[rows], t[rows], self.guidance))
+        return torch.zeros_like(x).index_copy(0, rows, self.model.velocity(context, x[rows], t[rows]))
 
     def _inside_window(self, step: Tensor) -> Tensor | None:
         """`[N]` bool, is each row's step stochastic; None without a window."""

@@ -106,6 +106,7 @@ class GuidanceSettings:
 
     train: float = setting(1.0, "scale in rollouts and updates; 1: off")
     evaluate: float = setting(1.0, "scale in evaluations; 1: off")
+    image: float = setting(1.0, "scale away from what follows no picture, where guidance is on and a picture was read; 1: off")
     low: float = setting(0.0, "guidance acts at low < t <= high")
     high: float = setting(1.0, "see guidance.low")
     renorm: str = setting("global", "bound on the guided velocity's length: none, global, channel or text_channel")

@@ -14,7 +14,7 @@ from torchrl.objectives import LossModule
 from agents.actor import read_prompts, token_log_probs
 from agents.config import AlgorithmSettings
 from agents.flow import KERNELS
-from agents.guidance import Guidance, guided_velocity
+from agents.guidance import Guidance, guided
 from agents.models.seam import Context, UnifiedModel
 from agents.objectives import (
     clip_fraction,
@@ -71,6 +71,7 @@ def replay(
         look: False leaves the velocities out, where text alone is learnt.
         guidance: as in the rollout.
     """
+    model = guided(model, guidance)
     said, tokens, rounds = episodes["text_mask"], episodes["tokens"], _rounds(episodes)
     count, drawn, (sources, images, places) = said.sum(1), episodes["images_drawn"], _pictures(episodes)
     log_prob, entropy = (torch.zeros(said.shape, device=said.device) for _ in range(2))
@@ -98,11 +99,11 @@ def replay(
         if velocity is not None:  # now: without gradient the context grows in place
             opened, draws = context if through_context else context.detach(), drawn[rows] > number
             if len(draws) == len(said) and draws.all():
-                velocity[:, number] = window_velocities(model, opened, episodes, guidance, number)
+                velocity[:, number] = window_velocities(model, opened, episodes, number)
             elif draws.any():
                 some = draws.nonzero()[:, 0]
                 windows = episodes.select("window_latents", "window_means", "window_times")[rows[some]]
-                velocity[rows[some], number] = window_velocities(model, opened.select(some), windows, guidance, number)
+                velocity[rows[some], number] = window_velocities(model, opened.select(some), windows, number)
         looks = (place >= 0).nonzero()[:, 0]
         if len(looks) == 0:
             break
@@ -161,13 +162,11 @@ def steps_taken(episodes: TensorDictBase) -> Tensor:
     return drawn.repeat_interleave(episodes["window_means"].shape[1] // rounds, 1)
 
 
-def window_velocities(
-    model: UnifiedModel[Any], context: Context, episodes: TensorDictBase, guidance: Guidance | None = None, picture: int = 0
-) -> Tensor:
+def window_velocities(model: UnifiedModel[Any], context: Context, episodes: TensorDictBase, picture: int = 0) -> Tensor:
     """Velocities `[N, W, L, C]` at the recorded steps of a picture, `context` being that at which it opened."""
     rounds = _rounds(episodes)
     x, t = (window_ends(episodes, name)[0].chunk(rounds, 1)[picture] for name in ("window_latents", "window_times"))
-    return guided_velocity(model, context.repeat(t.shape[1]), x.flatten(0, 1), t.flatten(), guidance).unflatten(0, t.shape)
+    return model.velocity(context.repeat(t.shape[1]), x.flatten(0, 1), t.flatten()).unflatten(0, t.shape)
 
 
 def window_means(episodes: TensorDictBase, velocity: Tensor, noise_level: float, kernel: str = "flow_sde") -> tuple[Tensor, Tensor]:

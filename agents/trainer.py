@@ -79,7 +79,7 @@ def build_guidance(settings: GuidanceSettings, scale: float) -> Guidance | None:
     """The guidance that the settings describe; None at scale 1."""
     if scale == 1:
         return None
-    return Guidance(scale, low=settings.low, high=settings.high, renorm=settings.renorm, renorm_min=settings.renorm_min)
+    return Guidance(scale, settings.image, low=settings.low, high=settings.high, renorm=settings.renorm, renorm_min=settings.renorm_min)
 
 
 class Trainer:

@@ -26,12 +26,12 @@ def model(oracle):
 
 @pytest.fixture
 def read(model, oracle):
-    """Read named text segments of the oracle; returns the last logits and the context."""
+    """Read named text segments of the oracle, by the model or something around it; returns the last logits and the context."""
 
-    def read_segments(*segments):
-        context, logits = model.start(1), None
+    def read_segments(*segments, by=model):
+        context, logits = by.start(1), None
         for segment in segments:
-            logits, context = model.read_text(context, oracle[f"in.{segment}.ids"][None])
+            logits, context = by.read_text(context, oracle[f"in.{segment}.ids"][None])
         return logits, context
 
     return read_segments
