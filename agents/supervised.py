@@ -56,13 +56,13 @@ COURSES = {
     "reading": Course({"text_to_image": 0.3, "edit": 0.7}, SupervisedSettings(steps=500, drills=1.0), 1_800),
     "rounds": Course(
         {"text_to_image": 0.3, "edit": 0.2, "reflect": 0.2, "story": 0.15, "dialogue": 0.15},
-        SupervisedSettings(steps=1000, drills=0.3, learning_rate=1.5e-3),
+        SupervisedSettings(steps=800, drills=0.3, learning_rate=1.5e-3),
         2_300,
     ),
     "practice": Course(
         {"text_to_image": 0.25, "edit": 0.2, "reflect": 0.3, "story": 0.2, "dialogue": 0.05},
         SupervisedSettings(steps=900, drills=0.3, learning_rate=1.5e-3),
-        3_300,
+        3_100,
     ),
 }
 """How the shipped weights came about: to think and draw, then to look at pictures, then everything that takes several, then more of what is hard."""

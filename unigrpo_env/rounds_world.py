@@ -170,7 +170,7 @@ class EditTask(_Tries):
 class ReflectTask(_Lessons, ShapesTask):
     """The prompts of one picture, with lessons that look at what was drawn, say what they see and whether it is right, and draw again or stop.
 
-    Each further try has its habits half as often as the one before. Verdicts have none; they slip.
+    Each further try has its habits half as often as the one before. The verdict's own habit is to ask whether the picture is what was planned, not what was asked for.
 
     Args:
         pictures: how many there may be.
@@ -183,24 +183,28 @@ class ReflectTask(_Lessons, ShapesTask):
     def lesson(
         self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
     ) -> tuple[list[str], list[Layout]]:
-        return self._tries(prompt, rng, [(text_habit / 2**n, image_habit / 2**n, slip) for n in range(self.pictures)])
+        errors = [(text_habit / 2**n, image_habit / 2**n, slip) for n in range(self.pictures)]
+        return self._tries(prompt, rng, errors, text_habit, slip)
 
     def drills(self, count: int, seed: int) -> list[Lesson]:
         """Lessons whose first picture errs as others do, and nothing else: they teach to tell right from wrong."""
         rng = random.Random(f"drills-{type(self).__name__}-{seed}")
         errors = [rates(clean=False), *[rates(clean=True)] * (self.pictures - 1)]
         prompts = self.prompts("train", count, seed + 500_000)
-        return _drawn(prompts, [self._tries(prompt, rng, errors) for prompt in prompts])
+        return _drawn(prompts, [self._tries(prompt, rng, errors, 0.0, 0.0) for prompt in prompts])
 
-    def _tries(self, prompt: Prompt, rng: random.Random, errors: list[tuple[float, float, float]]) -> tuple[list[str], list[Layout]]:
-        """Words and pictures with each picture's rates of error; verdicts slip as often as the last."""
+    def _tries(
+        self, prompt: Prompt, rng: random.Random, errors: list[tuple[float, float, float]], content: float, misjudged: float
+    ) -> tuple[list[str], list[Layout]]:
+        """Words and pictures with each picture's rates of error, and how often verdicts go by the plan, and slip."""
         words, layouts, seen = list[str](), list[Layout](), ""
         for text_habit, image_habit, slip in errors:
             plan = make_plan(prompt, rng, text_habit, slip)
             words.append(f"{seen} {plan.words()}".strip())
             layouts.append(Hand.of(rng, image_habit, slip).paint(plan, rng))
-            slipped = rng.random() < errors[-1][2]
-            verdict = RIGHT if (judge(layouts[-1], prompt.metadata).strict == 1) != slipped else WRONG
+            planned, asked = layouts[-1] == plan.layout(), judge(layouts[-1], prompt.metadata).strict == 1
+            found = planned if rng.random() < content else asked
+            verdict = RIGHT if found != (rng.random() < misjudged) else WRONG
             there = Plan.of(layouts[-1])
             if plan.count is not None:
                 there.count = len(there.objects)
