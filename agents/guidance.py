@@ -116,7 +116,7 @@ class Branches:
 class Guided(UnifiedModel[Branches]):
     """A model as it paints under guidance; its words are the model's own.
 
-    A second forward a step, and with an image scale above 1 a third, only where guidance acts; with that scale words are read twice.
+    Where guidance acts a step takes a second forward, and with an image scale above 1 a third. Pictures are read twice, with that scale words too.
 
     Args:
         model: any model of the same verbs. Its weights stay its own.

@@ -184,16 +184,16 @@ class ReflectTask(_Lessons, ShapesTask):
         self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
     ) -> tuple[list[str], list[Layout]]:
         errors = [(text_habit / 2**n, image_habit / 2**n, slip) for n in range(self.pictures)]
-        return self._tries(prompt, rng, errors, text_habit, slip)
+        return self._told(prompt, rng, errors, text_habit, slip)
 
     def drills(self, count: int, seed: int) -> list[Lesson]:
         """Lessons whose first picture errs as others do, and nothing else: they teach to tell right from wrong."""
         rng = random.Random(f"drills-{type(self).__name__}-{seed}")
         errors = [rates(clean=False), *[rates(clean=True)] * (self.pictures - 1)]
         prompts = self.prompts("train", count, seed + 500_000)
-        return _drawn(prompts, [self._tries(prompt, rng, errors, 0.0, 0.0) for prompt in prompts])
+        return _drawn(prompts, [self._told(prompt, rng, errors, 0.0, 0.0) for prompt in prompts])
 
-    def _tries(
+    def _told(
         self, prompt: Prompt, rng: random.Random, errors: list[tuple[float, float, float]], content: float, misjudged: float
     ) -> tuple[list[str], list[Layout]]:
         """Words and pictures with each picture's rates of error, and how often verdicts go by the plan, and slip."""
