@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,11 @@ class Plan:
 
 QUICK = Plan(2, 8, ("trainer.groups=2", "trainer.group_size=4", "evaluation.every=1", "trainer.minibatches=1"), max_seeds=1)
 """A breath of every row: it shows that they run, not what they are worth."""
+
+
+@cache
+def _iterations(config: str) -> int:
+    return load_config(config).trainer.iterations
 
 
 @dataclass(frozen=True)
