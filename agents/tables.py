@@ -161,7 +161,7 @@ class Job:
     def config(self) -> Config:
         """The settings of the run, or of the shipped model's evaluation."""
         thought = () if self.row.thinks else ("env.text_budget=0",)
-        whole = self.row.iterations or load_config(self.row.config or "unigrpo").trainer.iterations
+        whole = self.row.iterations or _iterations(self.row.config or "unigrpo")
         settings = [
             f"trainer.iterations={max(1, self.plan.iterations * whole // 120)}",
             f"trainer.seed={self.seed}",
