@@ -16,8 +16,8 @@ def test_rows_are_configs():
     assert len({row.key for row in ROWS}) == len(ROWS)
     main_rows = [row for row in ROWS if row.seeds == 3 and row.study == "table"]
     assert [row.key for row in main_rows] == ["sft", "text_grpo", "flow_grpo", "unigrpo"] == [row.key for row in ROWS[:4]]
-    trained = [job for job in jobs("x", QUICK) if job.row.config and job.row.start is None and job.row.study != "rounds"]
-    budgets = {(job.config.trainer.iterations, job.config.trainer.groups, job.config.trainer.group_size) for job in trained}
+    trained = [job.config.trainer for job in jobs("x", QUICK) if job.row.config and job.row.start is None and job.row.study != "rounds"]
+    budgets = {(trainer.iterations, trainer.groups, trainer.group_size) for trainer in trained}
     assert len(budgets) == 1, "equal iterations and episodes"
 
 
