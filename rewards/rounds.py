@@ -76,22 +76,26 @@ def edit(episodes: EpisodeBatch) -> dict[str, Tensor]:
 
     Logged beside it: `thought`, see `edit_thought`; `lucky`, a right picture after a thought that is not.
     """
-    before, after = (read(pictures).tolist() for pictures in (torch.stack([s[-1] for s in episodes.sources]), episodes.images))
-    found = _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
-    thought = edit_thought(episodes)
+    before = _sources(episodes)
+    found, thought = _edited(episodes, before, read(episodes.images).tolist()), _edited(episodes, before, _planned(episodes))["reward"]
     return found | {"thought": thought, "lucky": found["reward"] * (1 - thought)}
 
 
 def edit_thought(episodes: EpisodeBatch) -> Tensor:
     """1 if the layout that the thought describes is the source with that one change, whatever was drawn; 0 if it describes none."""
-    before = read(torch.stack([s[-1] for s in episodes.sources])).tolist()
-    thoughts = [read_words(text) for text in episodes.texts]
-    return torch.tensor(
-        [
-            judge_edit(before[row], after or [UNREADABLE] * GRID**2, known["edit"]).strict if "edit" in known else torch.nan
-            for row, (after, known) in enumerate(zip(thoughts, episodes.metadata, strict=True))
-        ]
-    )
+    return _edited(episodes, _sources(episodes), _planned(episodes))["reward"]
+
+
+def _sources(episodes: EpisodeBatch) -> list[list[int]]:
+    return read(torch.stack([sources[-1] for sources in episodes.sources])).tolist()
+
+
+def _planned(episodes: EpisodeBatch) -> list[list[int]]:
+    return [read_words(text) or [UNREADABLE] * GRID**2 for text in episodes.texts]
+
+
+def _edited(episodes: EpisodeBatch, before: list[list[int]], after: list[list[int]]) -> dict[str, Tensor]:
+    return _scored(episodes, "edit", lambda row: judge_edit(before[row], after[row], episodes.metadata[row]["edit"]))
 
 
 def story(episodes: EpisodeBatch) -> dict[str, Tensor]:
