@@ -47,6 +47,7 @@ def play(
         actor: the policy.
         watch: called with each observation and decision before the step.
     """
+    actor.model.look_with(env.episodes.variant.decode)
     reward, rows = torch.zeros(env.num_envs), torch.arange(env.num_envs)
     components: dict[str, Tensor] = {}
     rounds = env.episodes.rules.image_budget

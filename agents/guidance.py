@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.seam import Context, UnifiedModel
+from unigrpo_env.episodes import Decoder
 
 RENORMS = {
     "none": "the guided velocity as it is",
@@ -151,6 +152,10 @@ class Guided(UnifiedModel[Branches]):
         """See `UnifiedModel`."""
         whole, wordless = (self.model.read_image(part, latent, pixels, mask, learn=learn) for part in (context.whole, context.wordless))
         return replace(context, whole=whole, wordless=wordless, looked=context.looked | (True if mask is None else mask))
+
+    def look_with(self, decode: Decoder) -> None:
+        """See `UnifiedModel`."""
+        self.model.look_with(decode)
 
     def velocity(self, context: Branches, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`; guided, see `Guidance`."""

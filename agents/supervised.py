@@ -209,6 +209,7 @@ def train_supervised(
         after_step: called with the step (from 1) and the losses.
         first_lesson: number of the first lesson, so that further training sees new ones.
     """
+    model.look_with(scenarios[0][0].decode)
     shares = [(teacher(variant), share) for variant, share in scenarios]
     generator = torch.Generator().manual_seed(settings.seed)
     weights = [weight for weight in model.parameters() if weight.requires_grad]

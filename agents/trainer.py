@@ -105,6 +105,9 @@ class Trainer:
         self.model.compute_dtype = getattr(torch, config.model.dtype)
         self.reference = copy.deepcopy(self.model).requires_grad_(False) if algorithm.needs_reference else None
         self.variant = build_variant(config.env)
+        for reader in (self.model, self.reference):
+            if reader is not None:
+                reader.look_with(self.variant.decode)
         self.env = InterleavedGenVectorEnv(self.variant, trainer.groups * trainer.group_size, copy=False, device=config.model.device)
         window = Window(algorithm.window_size, algorithm.window_low, algorithm.window_high, algorithm.window_slide_every)
         guidance = build_guidance(config.guidance, config.guidance.train)

@@ -24,6 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RotaryEmbedd
 from agents.models.context import KeyValueContext
 from agents.models.seam import UnifiedModel
 from agents.models.vision import Connector, VisionConfig, VisionTower
+from unigrpo_env.episodes import Decoder
 
 UNDERSTANDING, GENERATION = "", "_moe_gen"
 """The two experts, as the suffix of their weights' names."""
@@ -192,6 +193,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
+        self._decode: Decoder | None = None
         self.language_model = LanguageModel(config)
         self.time_embedder = TimeEmbedder(config.hidden_size)
         self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
@@ -216,7 +218,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
                 if name in TABLES:
                     continue
                 if weight.ndim == 1:
-                    weight.fill_(1.0 if "norm" in name else 0.0)
+                    weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
                 else:
                     weight.normal_(0, std, generator=generator)
             for name, weight in weights.items():
@@ -224,6 +226,9 @@ class Bagel(UnifiedModel[KeyValueContext]):
                     weight.copy_(weights[name.replace(GENERATION, UNDERSTANDING)])
             self.llm2vae.weight.zero_()
         return self
+
+    def look_with(self, decode: Decoder) -> None:
+        self.__dict__["_decode"] = decode  # where it is a module it is not a part of this one: not trained, moved or saved with it
 
     def parameter_lists(self) -> dict[str, list[nn.Parameter]]:
         image_parts = ("time_embedder.", "vae2llm.", "llm2vae.")
@@ -282,8 +287,9 @@ class Bagel(UnifiedModel[KeyValueContext]):
         *,
         learn: bool = True,
     ) -> KeyValueContext:
-        """Read finished pictures: a segment of clean latents, then, where pixels are given, one of the vision tower's patches. See the seam.
+        """Read finished pictures: a segment of clean latents, then, with a vision tower, one of its patches. See the seam.
 
+        The tower sees `pixels`, or else what the latents show (see `look_with`); a model that was told of no decoder reads the latents alone.
         Each segment is `<start> tokens <end>` at one position, attends fully to itself, and moves the next position on by one.
         """
         if pixels is not None and self.config.vision is None:
@@ -294,6 +300,9 @@ class Bagel(UnifiedModel[KeyValueContext]):
             if latent is not None:
                 tokens = self._latent_tokens(latent, torch.zeros(len(latent), device=latent.device))
                 context = self._remember(context, tokens, GENERATION, mask, learn)
+                if pixels is None and self._decode is not None and self.config.vision is not None:
+                    with torch.no_grad():
+                        pixels = self.vit_model.fit(self._decode(latent))
             if pixels is not None:
                 assert self.config.vision is not None
                 table = self.vit_pos_embed.pos_embed[self.vit_model.places(pixels, self.config.vision.max_patches)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.files import CONFIG, WEIGHTS, load_weights, read_config, read_tensors, write_json, write_tensors
+from unigrpo_env.episodes import Decoder
 
 
 class Context(Protocol):
@@ -104,6 +105,12 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             ValueError: neither latent nor pixels, or pixels for a model that has no eyes.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no pictures; use a model whose class defines read_image")
+
+    def look_with(self, decode: Decoder) -> None:
+        """Take the env's `decode`, latents to pictures in [0, 1], for a model that looks at pixels where `read_image` is given latents alone.
+
+        `play`, `Trainer` and `train_supervised` call it; who reads pictures in a loop of their own does.
+        """
 
     @abstractmethod
     def velocity(self, context: ContextT, x: Tensor, t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
@@ -17,6 +18,7 @@ class VisionConfig:
 
     Attributes:
         image_size: side of the largest picture, in pixels; with `patch_size` it sets the position table's side.
+        min_size: what the shorter side of a smaller picture is enlarged to by `VisionTower.fit`.
         max_patches: side of the language model's own table of patch places.
     """
 
@@ -25,6 +27,7 @@ class VisionConfig:
     num_hidden_layers: int = 26
     num_attention_heads: int = 16
     image_size: int = 980
+    min_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
@@ -72,6 +75,23 @@ class VisionTower(nn.Module):
         self.config = config
         self.vision_model = _VisionModel(config)
 
+    @property
+    def largest(self) -> int:
+        """Most patches a side that both position tables have."""
+        return min(self.config.image_size // self.config.patch_size, self.config.max_patches)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Pictures `[N, 3, height, width]` in [0, 1] as `forward` wants them, in [-1, 1].
+
+        The longer side is brought down to `image_size`, then the shorter up to `min_size`, then each to the nearest multiple of a patch that there is.
+        """
+        patch, sides = self.config.patch_size, images.shape[2:]
+        scale = max(min(self.config.image_size / max(sides), 1), self.config.min_size / min(sides))
+        fitting = [patch * min(max(1, round(side * scale / patch)), self.largest) for side in sides]
+        if fitting != list(sides):
+            images = F.interpolate(images, fitting, mode="bicubic", antialias=True).clamp(0, 1)
+        return images * 2 - 1
+
     def patches(self, pixels: Tensor) -> Tensor:
         """Pictures `[N, 3, height, width]` as `[N, rows * columns, patch * patch * 3]`, features ordered (row, column, channel)."""
         patch = self.config.patch_size
@@ -84,7 +104,7 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: sides that are no multiple of the patch, or more patches a side than the tables have.
         """
-        patch, largest = self.config.patch_size, min(self.config.image_size // self.config.patch_size, self.config.max_patches)
+        patch, largest = self.config.patch_size, self.largest
         height, width = pixels.shape[2:]
         if height % patch or width % patch or max(height, width) > largest * patch:
             raise ValueError(

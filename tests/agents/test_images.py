@@ -1,15 +1,17 @@
 """Reading pictures and editing against numbers of the public reference implementation (float32, random weights, original names)."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.guidance import Guidance
+from agents.guidance import Guidance, Guided
 from agents.models import Bagel, BagelConfig, ToyModel
 from agents.models.vae import VaeDecoder, load_vae
-from agents.models.vision import VisionConfig
+from agents.models.vision import VisionConfig, VisionTower
 from unigrpo_env.flow_time import time_grid
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -149,6 +151,34 @@ def test_rows_that_do_not_read_a_picture_are_as_if_there_was_none(small_bagel):
             alone = small_bagel.read_image(alone, latent[row : row + 1])
         own, _ = small_bagel.read_text(alone, torch.tensor([[10 + row]]))
         torch.testing.assert_close(own[0], logits[row], atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_drawn_picture_is_looked_at_as_if_its_pixels_were_given(bagel):
+    """A model with a tower, told how latents look, sees both segments; so do its copies under guidance, and nothing of the decoder is saved."""
+    latent, decode = torch.randn(2, 24, 64), torch.nn.Upsample(scale_factor=1)
+    decode.forward = lambda latents: latents[:, :3, :63].unflatten(2, (7, 9)).sigmoid()
+    fitted = bagel.vit_model.fit(decode(latent))
+    told = copy.deepcopy(bagel)
+    told.look_with(decode)
+    given, _ = bagel.read_text(bagel.read_image(bagel.start(2), latent, fitted), torch.tensor([[1], [2]]))
+    blind, _ = bagel.read_text(bagel.read_image(bagel.start(2), latent), torch.tensor([[1], [2]]))
+    for reader in (told, Guided(told, Guidance(2.0))):
+        seen, _ = reader.read_text(reader.read_image(reader.start(2), latent), torch.tensor([[1], [2]]))
+        torch.testing.assert_close(seen, given)
+        assert (seen - blind).abs().max() > 1e-3
+    assert told.state_dict().keys() == bagel.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "fitted"), [(24, 24, (24, 24)), (10, 30, (16, 40)), (100, 50, (40, 20)), (3, 400, (16, 40)), (25, 27, (24, 28))]
+)
+def test_pictures_are_brought_to_a_size_that_the_tower_takes(bagel, height, width, fitted):
+    tower = VisionTower(dataclasses.replace(bagel.config.vision, min_size=16))
+    pixels = tower.fit(torch.rand(1, 3, height, width))
+    assert pixels.shape[2:] == fitted
+    assert -1 <= pixels.min() < 0 < pixels.max() <= 1
+    tower.places(pixels, 10)
 
 
 def test_what_cannot_be_read(small_bagel, bagel):

@@ -26,6 +26,22 @@ def short(name):
     return make_variant(name, text_budget=5, image_steps=3)
 
 
+def test_a_vision_tower_looks_at_every_picture_that_is_read(seeing_bagel):
+    """Source and drawn picture alike, in rollout, training and reference; a segment of the tower's patches follows each one's latents."""
+    shown = []
+    tower = seeing_bagel.vit_model.forward
+    seeing_bagel.vit_model.forward = lambda pixels: shown.append(len(pixels)) or tower(pixels)
+    variant, episodes = collect(seeing_bagel, "edit")
+    assert sum(shown) == 2, "two prompts' sources, once a group"
+    shown.clear()
+    variant, episodes = collect(seeing_bagel, "story")
+    assert sum(shown) == 2 * 8
+    shown.clear()
+    ready(episodes, variant, seeing_bagel, through_pictures=True, velocity_weight=0.0)(episodes)["loss_text"].backward()
+    assert sum(shown) == 2 * 8
+    assert seeing_bagel.connector.fc1.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", ROUNDS)
 def test_a_fresh_actor_in_mid_episode_gives_the_same_distribution(small_bagel, name):
     env = InterleavedGenVectorEnv(short(name), 3)
@@ -160,11 +176,13 @@ def test_trajectories_of_rounds(small_bagel, name):
             assert not chosen[place : place + 2].any(), "what the env says is nobody's choice"
 
 
+@pytest.mark.parametrize("model", ["small_bagel", "seeing_bagel"])
 @pytest.mark.parametrize("name", ROUNDS)
-def test_nothing_is_clipped_before_the_first_update(small_bagel, name):
+def test_nothing_is_clipped_before_the_first_update(request, model, name):
     """One teacher-forced walk over all rounds gives what the rollout saw, for words and pictures of every round."""
-    variant, episodes = collect(small_bagel, name)
-    loss = ready(episodes, variant, small_bagel, text_clip=1e-2, image_clip=1e-5)
+    model = request.getfixturevalue(model)
+    variant, episodes = collect(model, name)
+    loss = ready(episodes, variant, model, text_clip=1e-2, image_clip=1e-5)
     out = loss(episodes)
     assert out["text_clip_fraction"] == 0
     assert out["image_clip_fraction"] == 0
