@@ -86,7 +86,7 @@ ROWS: tuple[Row, ...] = (
     Row("proxy_velocity", "velocity MSE", "unigrpo", None, PROXY, study="penalty"),
     Row("unigrpo_guided", "guidance in training", "unigrpo_guided", None, study="guidance"),
     Row("process_reward", "UniGRPO with a process reward", "process_reward", None, seeds=3, study="process"),
-    Row("edit", "Edit", "edit", None, seeds=3, study="rounds"),
+    Row("edit", "Edit, with a process reward", "edit", None, seeds=3, study="rounds"),
     Row(
         "edit_terminal",
         "Edit, paid at the end alone",

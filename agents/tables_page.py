@@ -1,4 +1,4 @@
-"""The page of `unigrpo tables`: Markdown and three pictures."""
+"""The page of `unigrpo tables`: Markdown and its pictures."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from unigrpo_env.rendering import enlarge
 from unigrpo_env.shapes_world import PROMPT_KINDS
 
 Results = dict[str, list[dict[str, Any]]]
+TITLES = {row.key: row.title for row in ROWS}
+PAID = (("unigrpo", "process_reward"), ("edit_terminal", "edit"))
+"""Rows that differ in one thing: whether a thought is paid for itself."""
 MEANINGS = {
     "accuracy": "share of held-out prompts whose picture meets every requirement, words sampled at temperature 1",
     "greedy": "the same with greedy words",
@@ -72,8 +75,10 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
     if studies["penalty"]:
         _draw_hacking(found, studies["penalty"], folder / "tables_hacking.png")
         parts += _penalties(found, studies["penalty"])
-    if studies["process"]:
-        parts += _process(found, base + studies["process"])
+    paid = [pair for pair in PAID if all(row in found for row in pair)]
+    if paid:
+        _draw_paid(found, paid, folder / "tables_process.png")
+        parts += _process(found, paid)
     if studies["rounds"]:
         parts += _rounds(found, studies["rounds"])
     for study, title in (("kernels", "Stochastic steps, windows, ratio"), ("text", "Words and batches")):
@@ -147,18 +152,36 @@ def _penalties(found: Results, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _process(found: Results, rows: Sequence[Row]) -> list[str]:
-    marks = sorted(set.intersection(*({at for at, _ in run["curve"]} for row in rows for run in found[row.key])))
-    curves = [[spread([dict(map(tuple, run["curve"]))[at] for run in found[row.key]]) for at in marks] for row in rows]
+def _process(found: Results, pairs: Sequence[tuple[str, str]]) -> list[str]:
     names = ("greedy", "thought", "lucky")
-    return [
+
+    def cells(key: str, marks: Sequence[int]) -> list[str]:
+        curves = [dict(map(tuple, run["curve"])) for run in found[key]]
+        thoughts = [_thoughts(run["measures"]) for run in found[key]]
+        accuracy = [spread([curve[at] for curve in curves]) for at in marks]
+        return [TITLES[key], str(len(curves)), *accuracy, *(spread([measures[name] for measures in thoughts]) for name in names)]
+
+    parts = [
         "## A reward for the thought",
-        "Paid before the picture is drawn, and learnt from by the thought alone (`algorithm.credit=onward`). *lucky*: among right pictures, the share whose thought was wrong.",
-        table(
-            ["trained", "seeds", *(f"accuracy at {at}" for at in marks), *names],
-            [[row.title, str(len(found[row.key])), *curve, *_measured(found, row, names)] for row, curve in zip(rows, curves, strict=True)],
-        ),
+        "Paid before the picture is drawn, and learnt from by the thought alone (`algorithm.credit=onward`), or not. *lucky*: among right pictures, the share whose thought was wrong.",
+        "![Held-out accuracy with and without a reward for the thought](tables_process.png)",
     ]
+    for pair in pairs:
+        marks = sorted(set.intersection(*({at for at, _ in run["curve"]} for key in pair for run in found[key])))
+        parts.append(table(["trained", "seeds", *(f"accuracy at {at}" for at in marks), *names], [cells(key, marks) for key in pair]))
+    return parts
+
+
+def _thoughts(measures: dict[str, Any]) -> dict[str, float | None]:
+    """`greedy`, `thought` and `lucky` of a scenario of one picture, or of edits, whose `lucky` is a share of all episodes."""
+    if "parts" not in measures:
+        return measures
+    accuracy, parts = measures["accuracy"], measures["parts"]
+    return {
+        "greedy": measures["greedy"],
+        "thought": parts["edit/thought"],
+        "lucky": parts["edit/lucky"] / accuracy if accuracy else None,
+    }
 
 
 def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
@@ -224,10 +247,9 @@ def _order(found: Results) -> list[str]:
         if len(found.get(key, [])) > 1
     }
     best = ranges.pop("unigrpo", [])
-    titles = {row.key: row.title for row in ROWS}
     lines = [
         f"* UniGRPO [{min(best):.3f}, {max(best):.3f}] {'lies wholly above' if min(best) > max(other) else 'does not lie wholly above'} "
-        f"{titles[key]} [{min(other):.3f}, {max(other):.3f}]."
+        f"{TITLES[key]} [{min(other):.3f}, {max(other):.3f}]."
         for key, other in ranges.items()
         if best
     ]
@@ -254,19 +276,35 @@ def _figure(panels: int, path: Path, fill: Callable[[Any], None], height: float 
     pyplot.close(figure)
 
 
+def _band(axis: Any, runs: Sequence[dict[str, Any]], title: str) -> None:
+    """Held-out accuracy over iterations, mean over seeds with their range."""
+    curves = [dict(map(tuple, run["curve"])) for run in runs]
+    x = sorted(set.intersection(*(set(curve) for curve in curves)))
+    y = [[curve[at] for curve in curves] for at in x]
+    line = axis.plot(x, [sum(v) / len(v) for v in y], marker="o", markersize=3, label=title.replace("*", "").replace(", thinking", ""))
+    axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line[0].get_color(), alpha=0.15, linewidth=0)
+
+
+def _draw_paid(found: Results, pairs: Sequence[tuple[str, str]], path: Path) -> None:
+    """Learning with and without a reward for the thought."""
+
+    def fill(axes: Any) -> None:
+        for axis, pair in zip(axes, pairs, strict=True):
+            for key in pair:
+                _band(axis, found[key], TITLES[key])
+            axis.set(ylim=(0, 1), ylabel="held-out accuracy")
+            axis.legend(fontsize=8, frameon=False)
+
+    _figure(len(pairs), path, fill)
+
+
 def _draw_curves(found: Results, rows: Sequence[Row], path: Path) -> None:
     """Held-out accuracy by method, mean over seeds with their range."""
 
     def fill(axes: Any) -> None:
         for axis, thinks in zip(axes, (True, False), strict=True):
             for row in (row for row in rows if row.thinks == thinks):
-                curves = [dict(map(tuple, run["curve"])) for run in found[row.key]]
-                x = sorted(set.intersection(*(set(curve) for curve in curves)))
-                y = [[curve[at] for curve in curves] for at in x]
-                line = axis.plot(
-                    x, [sum(v) / len(v) for v in y], marker="o", markersize=3, label=row.title.replace("*", "").replace(", thinking", "")
-                )
-                axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=line[0].get_color(), alpha=0.15, linewidth=0)
+                _band(axis, found[row.key], row.title)
             axis.set(title="thinking" if thinks else "without thinking", ylim=(0, 1), ylabel="held-out accuracy")
             if axis.lines:
                 axis.legend(fontsize=7, frameon=False)
