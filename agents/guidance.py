@@ -153,7 +153,7 @@ class Guided(UnifiedModel[Branches]):
         whole, wordless = (self.model.read_image(part, latent, pixels, mask, learn=learn) for part in (context.whole, context.wordless))
         return replace(context, whole=whole, wordless=wordless, looked=context.looked | (True if mask is None else mask))
 
-    def look_with(self, decode: Decoder) -> None:
+    def look_with(self, decode: Decoder | None) -> None:
         """See `UnifiedModel`."""
         self.model.look_with(decode)
 

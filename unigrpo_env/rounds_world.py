@@ -146,19 +146,34 @@ class _Tries(_Lessons):
         return found
 
 
+def _scattered(rng: random.Random) -> Layout:
+    """Two to four objects anywhere."""
+    layout = [0] * (GRID * GRID)
+    for place in rng.sample(range(GRID * GRID), rng.choice([2, 3, 4])):
+        layout[place] = rng.randint(1, len(KINDS))
+    return layout
+
+
 class EditTask(_Tries):
-    """A picture of two to four objects, and one change to it. Held out are pairs of picture and change."""
+    """A picture of two to four objects, and one change to it. Held out are pairs of picture and change.
+
+    Args:
+        source_images: how many pictures come with an instruction; the last is the one to change, those before it only stand there.
+    """
+
+    def __init__(self, source_images: int = 1) -> None:
+        if source_images < 1:
+            raise ValueError(f"expected source_images >= 1, got {source_images}: there is nothing to change")
+        self.source_images = source_images
 
     def attempt(self, rng: random.Random) -> tuple[str, Prompt] | None:
-        layout = [0] * (GRID * GRID)
-        for place in rng.sample(range(GRID * GRID), rng.choice([2, 3, 4])):
-            layout[place] = rng.randint(1, len(KINDS))
+        layout = _scattered(rng)
         made = make_edit(layout, rng)
         if made is None:
             return None
         text, edit = made
-        source = draw(torch.tensor([layout]))[0]
-        return f"{text} {layout}", Prompt(text, {"kind": edit["action"], "edit": edit, "before": layout}, sources=(source,))
+        sources = draw(torch.tensor([*(_scattered(rng) for _ in range(self.source_images - 1)), layout]))
+        return f"{text} {layout}", Prompt(text, {"kind": edit["action"], "edit": edit, "before": layout}, sources=tuple(sources))
 
     def lesson(
         self, prompt: Prompt, rng: random.Random, text_habit: float, image_habit: float, slip: float
@@ -223,6 +238,8 @@ class StoryTask(_Tries):
     """
 
     def __init__(self, pictures: int = 3) -> None:
+        if not 1 <= pictures <= GRID * GRID:
+            raise ValueError(f"expected 1 to {GRID * GRID} pictures, got {pictures}: each puts one more object on the grid")
         self.pictures = pictures
 
     def attempt(self, rng: random.Random) -> tuple[str, Prompt]:

@@ -47,9 +47,10 @@ def play(env: InterleavedGenEnv, seed: int, rng_seed: int = 0, **options: Any) -
     observations, actions, total, ended = [observation], [], 0.0, False
     while not ended:
         action = random_action(observation, rng)
-        observation, reward, ended, truncated, _ = env.step(action)
+        observation, reward, ended, truncated, info = env.step(action)
         assert not truncated, "an episode of this library is never truncated by the env itself"
-        assert ended or reward == 0, "the reward is paid once, at the end"
+        assert reward == 0 or "paid" in info, "what is paid is named"
+        assert ended or "reward" not in info.get("paid", ()), "the reward is paid once, at the end"
         observations.append(observation)
         actions.append(action)
         total += reward

@@ -96,9 +96,10 @@ def text_to_image(*, task: Task | None = None, **rules: Any) -> Variant:
 
 
 @register_variant("edit")
-def edit(*, task: Task | None = None, **rules: Any) -> Variant:
-    """Look at a picture and an instruction, think, and draw the picture with that one change."""
-    return shapes_variant(task or EditTask(), reward="edit", rounds=True, source_images=1, **rules)
+def edit(*, task: Task | None = None, source_images: int = 1, **rules: Any) -> Variant:
+    """Look at a picture and an instruction, think, and draw the picture with that one change; of several pictures, the last."""
+    rules = {"prompt_budget": 15 + source_images} | rules
+    return shapes_variant(task or EditTask(source_images), reward="edit", rounds=True, source_images=source_images, **rules)
 
 
 @register_variant("reflect")
@@ -122,6 +123,7 @@ def reflect(*, task: Task | None = None, image_budget: int = 3, text_budget: int
 @register_variant("story")
 def story(*, pictures: int = 3, **rules: Any) -> Variant:
     """Draw a sequence of pictures with words between them; each adds to the last and must agree with it."""
+    rules = {"prompt_budget": max(16, 4 * pictures + 2), "text_budget": max(24, 4 * pictures)} | rules
     return shapes_variant(StoryTask(pictures), reward="story", rounds=True, image_budget=pictures, **rules)
 
 

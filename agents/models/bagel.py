@@ -183,6 +183,13 @@ class PositionTable(nn.Module):
         self.pos_embed = nn.Parameter(table.float(), requires_grad=False)
 
 
+def _untold(latents: Tensor) -> Tensor:
+    raise ValueError(
+        "expected pixels, or a decoder that shows what latents look like, to read pictures with a vision tower; "
+        "call look_with(variant.decode), or look_with(None) to read latents alone"
+    )
+
+
 class Bagel(UnifiedModel[KeyValueContext]):
     """The unified model: reads text and pictures, gives velocities. See `agents.models.seam.UnifiedModel` for the verbs."""
 
@@ -193,7 +200,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.config = config
-        self._decode: Decoder | None = None
+        self._decode: Decoder | None = _untold
         self.language_model = LanguageModel(config)
         self.time_embedder = TimeEmbedder(config.hidden_size)
         self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
@@ -227,7 +234,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
             self.llm2vae.weight.zero_()
         return self
 
-    def look_with(self, decode: Decoder) -> None:
+    def look_with(self, decode: Decoder | None) -> None:
         self.__dict__["_decode"] = decode  # where it is a module it is not a part of this one: not trained, moved or saved with it
 
     def parameter_lists(self) -> dict[str, list[nn.Parameter]]:
@@ -289,24 +296,25 @@ class Bagel(UnifiedModel[KeyValueContext]):
     ) -> KeyValueContext:
         """Read finished pictures: a segment of clean latents, then, with a vision tower, one of its patches. See the seam.
 
-        The tower sees `pixels`, or else what the latents show (see `look_with`); a model that was told of no decoder reads the latents alone.
+        The tower sees `pixels`, or else what the latents show to the eye that `look_with` gave it.
         Each segment is `<start> tokens <end>` at one position, attends fully to itself, and moves the next position on by one.
         """
         if pixels is not None and self.config.vision is None:
             raise ValueError("expected a model with a vision tower to read pixels, got one without; leave `pixels` out")
         if latent is None and pixels is None:
             raise ValueError("expected a latent, pixels, or both; got neither")
+        if latent is not None and pixels is None and self.config.vision is not None and self._decode is not None:
+            with torch.no_grad():
+                pixels = self.vit_model.fit(self._decode(latent))
         with self.computing():
             if latent is not None:
                 tokens = self._latent_tokens(latent, torch.zeros(len(latent), device=latent.device))
                 context = self._remember(context, tokens, GENERATION, mask, learn)
-                if pixels is None and self._decode is not None and self.config.vision is not None:
-                    with torch.no_grad():
-                        pixels = self.vit_model.fit(self._decode(latent))
             if pixels is not None:
                 assert self.config.vision is not None
                 table = self.vit_pos_embed.pos_embed[self.vit_model.places(pixels, self.config.vision.max_patches)]
-                tokens = self.connector(self.vit_model(pixels.to(self.vae2llm.weight.dtype))) + table
+                with torch.set_grad_enabled(learn and torch.is_grad_enabled()):
+                    tokens = self.connector(self.vit_model(pixels.to(self.vae2llm.weight.dtype))) + table
                 context = self._remember(context, tokens, UNDERSTANDING, mask, learn)
         return context
 

@@ -102,14 +102,15 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
 
         Raises:
             NotImplementedError: the model reads no pictures.
-            ValueError: neither latent nor pixels, or pixels for a model that has no eyes.
+            ValueError: neither latent nor pixels, pixels for a model that has no eyes, or none for one that has and was never told how to `look_with`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no pictures; use a model whose class defines read_image")
 
-    def look_with(self, decode: Decoder) -> None:
+    def look_with(self, decode: Decoder | None) -> None:
         """Take the env's `decode`, latents to pictures in [0, 1], for a model that looks at pixels where `read_image` is given latents alone.
 
-        `play`, `Trainer` and `train_supervised` call it; who reads pictures in a loop of their own does.
+        `play`, `Trainer` and `train_supervised` call it; a loop of one's own does, and for the reference too. None: read latents alone. A model without eyes
+        for pixels has no use for it.
         """
 
     @abstractmethod

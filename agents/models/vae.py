@@ -60,13 +60,13 @@ class VaeDecoder:
         """Latents `[N, rows * columns, patch * patch * 16]` float32 to pictures `[N, 3, height, width]` in [0, 1]."""
         squares = latents.unflatten(1, (self.rows, self.columns)).unflatten(3, (self.patch, self.patch, -1))
         grid = squares.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-        pixels = self.vae.decode((grid / SCALE + SHIFT).to(self.vae.dtype)).sample
+        pixels = self.vae.decode((grid / SCALE + SHIFT).to(self.vae.device, self.vae.dtype)).sample.to(latents.device)
         return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pictures `[N, 3, height, width]` in [0, 1] to latents; `noise` `[N, 16, h, w]` samples the posterior as BAGEL does, without it the mean."""
-        posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
-        sample = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        grid = SCALE * (sample.float() - SHIFT)
+        posterior = self.vae.encode((images * 2 - 1).to(self.vae.device, self.vae.dtype)).latent_dist
+        sample = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(self.vae.device)
+        grid = SCALE * (sample.float().to(images.device) - SHIFT)
         squares = grid.unflatten(3, (self.columns, self.patch)).unflatten(2, (self.rows, self.patch))
         return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)

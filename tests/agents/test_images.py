@@ -8,11 +8,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agents.actor import Actor
+from agents.collector import Collector
+from agents.config import load_config
+from agents.flow import Window
 from agents.guidance import Guidance, Guided
+from agents.loss import replay
 from agents.models import Bagel, BagelConfig, ToyModel
 from agents.models.vae import VaeDecoder, load_vae
 from agents.models.vision import VisionConfig, VisionTower
+from agents.supervised import teach
+from agents.trainer import Trainer
 from unigrpo_env.flow_time import time_grid
+from unigrpo_env.variants import make_variant
+from unigrpo_env.vector import InterleavedGenVectorEnv
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 DATA = Path(__file__).parents[1] / "data"
@@ -34,6 +43,7 @@ def bagel(editing):
     )  # fmt: skip
     model = Bagel(config)
     model.load_state_dict({name: value for name, value in editing.items() if not name.startswith(("in.", "out."))})
+    model.look_with(None)  # the oracle's segments come one by one
     return model
 
 
@@ -181,6 +191,43 @@ def test_pictures_are_brought_to_a_size_that_the_tower_takes(bagel, height, widt
     tower.places(pixels, 10)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_of_a_model_with_a_vision_tower(seeing_bagel, tmp_path, dtype):
+    """Policy and reference look alike, so nothing has moved before the first update; a resumed run is the run that was not stopped."""
+    seeing_bagel.save_pretrained(tmp_path / "start")
+    settings = [
+        "env.variant=edit", "env.text_budget=4", "env.image_steps=6", "trainer.groups=2", "trainer.group_size=4", "evaluation.prompts=4",
+        "output.tensorboard=false", "output.samples_every=0", "evaluation.every=0", "output.checkpoint_every=1",
+        "trainer.minibatches=1", "trainer.iterations=2", f"model.dtype={dtype}", f"model.name={tmp_path / 'start'}", f"output.folder={tmp_path}",
+    ]  # fmt: skip
+    whole = Trainer(load_config("unigrpo", settings))
+    first = whole.iterate()
+    assert first["loss_velocity"] < 1e-12
+    assert first["image_log_ratio"] < (1e-6 if dtype == "float32" else 1e-3)
+    whole.save()
+    resumed, expected = Trainer.resume(tmp_path).iterate(), whole.iterate()
+    assert expected.pop("episodes_per_second") > 0
+    assert {name: resumed[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+
+
+def test_two_sources_are_read_alike_in_rollout_training_and_lessons(small_bagel):
+    variant = make_variant("edit", source_images=2, text_budget=5, image_steps=4)
+    env = InterleavedGenVectorEnv(variant, 8, copy=False)
+    prompts = variant.task.prompts("train", 2, 0)
+    episodes = Collector(env, Actor(small_bagel, window=Window(2, 0, 3)), 4).collect(prompts, 3).flatten(0, 1)
+    assert (episodes["image_places"] == torch.tensor([0, 1])).all()
+    said, legal = episodes["chosen_mask"], torch.stack([variant.rules.legal_tokens()] * 2)
+    with torch.no_grad():
+        found = replay(small_bagel, episodes, legal).log_prob
+        torch.testing.assert_close(found[said], episodes["log_prob"][said], atol=1e-4, rtol=0)
+        for number in range(2):
+            changed = episodes.clone()
+            changed["images"][:, number] += 0.5
+            assert (replay(small_bagel, changed, legal).log_prob - found)[said].abs().max() > 1e-3, "each source matters"
+    text, image = teach(small_bagel, variant, variant.task.lessons(2, 0), torch.Generator().manual_seed(0), 1.0)
+    assert (text + image).isfinite()
+
+
 def test_what_cannot_be_read(small_bagel, bagel):
     with pytest.raises(ValueError, match="without"):
         small_bagel.read_image(small_bagel.start(1), pixels=torch.zeros(1, 3, 28, 28))
@@ -189,6 +236,8 @@ def test_what_cannot_be_read(small_bagel, bagel):
     for shape in ((1, 3, 30, 28), (1, 3, 44, 28)):
         with pytest.raises(ValueError, match="multiples of 4 up to 40"):
             bagel.read_image(bagel.start(1), pixels=torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"look_with\(variant.decode\)"):
+        Bagel(bagel.config).read_image(bagel.start(1), torch.zeros(1, 24, 64))
     with pytest.raises(NotImplementedError, match="ToyModel reads no pictures"):
         ToyModel().read_image(ToyModel().start(1), torch.zeros(1, 1, 12))
 

@@ -22,8 +22,8 @@ from unigrpo_env.vector import InterleavedGenVectorEnv
 ROUNDS = ["edit", "reflect", "story", "dialogue"]
 
 
-def short(name):
-    return make_variant(name, text_budget=5, image_steps=3)
+def short(name, **settings):
+    return make_variant(name, text_budget=5, image_steps=3, **settings)
 
 
 def test_a_vision_tower_looks_at_every_picture_that_is_read(seeing_bagel):

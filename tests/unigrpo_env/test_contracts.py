@@ -1,5 +1,7 @@
 """Every registered variant keeps the contract that users inherit."""
 
+import dataclasses
+
 import gymnasium as gym
 import pytest
 from torchrl.envs import GymWrapper
@@ -32,6 +34,11 @@ class TestEdit(VariantContract):
         return VARIANTS["edit"]()
 
 
+class TestEditWithTwoSources(VariantContract):
+    def make_variant(self):
+        return VARIANTS["edit"](source_images=2)
+
+
 class TestReflect(VariantContract):
     def make_variant(self):
         return VARIANTS["reflect"]()
@@ -45,6 +52,19 @@ class TestStory(VariantContract):
 class TestStoryWithoutThought(VariantContract):
     def make_variant(self):
         return VARIANTS["story"](text_budget=0)
+
+
+class TestLongStory(VariantContract):
+    def make_variant(self):
+        return VARIANTS["story"](pictures=5, image_steps=2)
+
+
+class TestPaidOnTheWay(VariantContract):
+    def make_variant(self):
+        brightness = lambda episodes: episodes.images.mean((1, 2, 3))  # noqa: E731
+        return dataclasses.replace(
+            VARIANTS["story"](image_steps=4), thought_reward=lambda episodes: [0.5] * len(episodes), round_reward=brightness
+        )
 
 
 class TestDialogue(VariantContract):
