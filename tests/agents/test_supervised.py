@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from agents.actor import Actor
+from agents.evaluation import evaluate
 from agents.models import load_model
 from agents.supervised import COURSES, SupervisedSettings, supervised_losses, teach, teacher, train_supervised
 from rewards import WeightedReward
@@ -103,6 +104,17 @@ def walk(model, variant, lesson, t, noise):
         observation, *_ = env.step({"token": torch.tensor([token]), "latent": latent})
     assert next(spoken, None) is None
     return losses, errors
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "least"),
+    [("text_to_image", "", 0.3), ("edit", "", 0.2), ("reflect", "", 0.5), ("story", "", 0.2), ("dialogue", "dialogue/score", 0.4)],
+)
+def test_the_shipped_weights_know_every_scenario(name, part, least):
+    """A guard, well below what they reach: other weights, or a change of the numbers, would fall through."""
+    variant = make_variant(name)
+    found = evaluate(load_model("tiny"), variant, variant.task.prompts("test", 64, 1_000_000), temperature=0.0)
+    assert (found.means[part] if part else found.accuracy) > least
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

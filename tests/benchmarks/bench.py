@@ -4,7 +4,7 @@
 
 (a) collecting through the env against a bare loop of the same model calls; (b) a whole iteration against that loop with a hand-written update;
 (c) the share of an iteration inside the model's forward and backward; (d) bytes kept a trajectory against what training must have;
-(e) cost against episodes, denoising steps and thought length; (f) time and memory of a rollout, and time of a training pass, when the pictures of an episode
+(e) cost against episodes, denoising steps and thought length; (f) time and memory of a rollout and of a training pass when the pictures of an episode
 double, beside what the arithmetic says: the linear cost of what a round adds, plus attention to all that stands.
 
 A ratio is of the least times of interleaved pairs; `a_a` beside it is the same measurement of the first loop against itself.
@@ -263,7 +263,7 @@ def rounds(pairs: int, rows: int = 16, words: int = 8) -> list[dict[str, object]
     model = load_model("tiny")
     window = Window(W, 0, 5)
 
-    def parts(count: int) -> tuple[Callable[[], object], Callable[[], object], int, int]:
+    def parts(count: int) -> tuple[Callable[[], object], Callable[[], object], dict[str, int]]:
         variant = make_variant("story", pictures=count, text_budget=words, reward=lambda episodes: torch.rand(len(episodes)))
         env, rules = InterleavedGenVectorEnv(variant, rows, copy=False), variant.rules
         actor = Patient(model, window=window)
@@ -277,11 +277,12 @@ def rounds(pairs: int, rows: int = 16, words: int = 8) -> list[dict[str, object]
         legal = torch.stack([rules.legal_tokens(), rules.legal_tokens(after_image=True)])
         loss = UniGRPOLoss(model, None, legal, AlgorithmSettings(velocity_weight=0.0))
 
-        def learn() -> None:
+        def forward() -> torch.Tensor:
             out = loss(episodes)
-            (out["loss_text"] + out["loss_image"]).backward()
+            return out["loss_text"] + out["loss_image"]
 
-        return lambda: collector.collect([Prompt("draw")], 0), learn, held, episodes.bytes()
+        sizes = {"context": held, "trajectory": episodes.bytes(), "training pass": kept(forward, model)}
+        return lambda: collector.collect([Prompt("draw")], 0), lambda: forward().backward(), sizes
 
     figures: list[dict[str, object]] = []
     known = {count: parts(count) for count in (1, 2, 4, 8)}
@@ -291,9 +292,24 @@ def rounds(pairs: int, rows: int = 16, words: int = 8) -> list[dict[str, object]
             limit = arithmetic(model, 2 * count, words, passes) / arithmetic(model, count, words, passes)
             found = ratio(large[place], small[place], pairs)
             figures.append({"figure": "f", "name": f"{name}, pictures {2 * count} / {count}", "limit": round(limit, 3), **found})
-        memory = {"context": round(large[2] / small[2], 3), "trajectory": round(large[3] / small[3], 3)}
-        figures.append({"figure": "f", "name": f"bytes, pictures {2 * count} / {count}", **memory})
+        memory = {name: round(size / small[2][name], 3) for name, size in large[2].items()}
+        figures.append({"figure": "f", "name": f"bytes, pictures {2 * count} / {count}", "limit": round(limit, 3), **memory})
     return figures
+
+
+def kept(forward: Callable[[], torch.Tensor], model: Any) -> int:
+    """Bytes that a forward keeps for its way back, the model's own aside."""
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no other one takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    own = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
 
 
 class Patient(Actor):
