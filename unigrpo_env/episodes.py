@@ -110,7 +110,7 @@ class Episodes:
         """A prompt as the model reads it: `<bos> words <eos>`, and the `<bos>` of the thought if there is to be one.
 
         Raises:
-            ValueError: it is longer than the budget.
+            ValueError: it is longer than the budget, or has a control token typed in it.
         """
         tokenizer = self.variant.tokenizer
         ids = [cast(int, self.rules.image_id)] * self.rules.source_images
@@ -124,8 +124,16 @@ class Episodes:
         return ids
 
     def _segment(self, text: str) -> list[int]:
-        tokenizer = self.variant.tokenizer
-        return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        tokenizer, rules = self.variant.tokenizer, self.rules
+        words = tokenizer.encode(text, add_special_tokens=False)
+        # Typed, they would claim a picture that has no place, or an end that nobody came to.
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, rules.image_id, rules.end_id}
+        if typed := [token for token in words if token in marks]:
+            raise ValueError(
+                f"expected words in {text[:60]!r}, got the control token {tokenizer.decode(typed[:1])!r}; "
+                "take it out: the env sets its marks itself, and pictures come with `Prompt(sources=...)`"
+            )
+        return [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
 
     def encode_sources(self, prompt: Prompt) -> Tensor:
         """A prompt's pictures as latents, `[source_images, L, C]`.
@@ -160,7 +168,7 @@ class Episodes:
         """What the user will say, as tokens.
 
         Raises:
-            ValueError: turns in a variant where the user does not speak, more of them than images to follow, or one over the budget.
+            ValueError: turns in a variant where the user does not speak, more of them than images to follow, or one over the budget or with a control token.
         """
         rules = self.rules
         if len(prompt.turns) > (rules.image_budget - 1 if rules.turn_budget else 0):

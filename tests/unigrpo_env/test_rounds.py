@@ -170,6 +170,11 @@ GOOD = picture(layout(c1=RED_CIRCLE))
         ("story", Prompt("a red circle then a blue square", turns=("make it blue",)), "expected at most 0 turns"),
         ("dialogue", Prompt("a red circle", turns=("make the circle blue", "remove the circle")), "expected at most 1 turns"),
         ("dialogue", Prompt("a red circle", turns=("make the circle blue " * 4,)), "turn_budget=10"),
+        ("dialogue", Prompt("a red circle", turns=("make <image> blue",)), "control token '<image>'; take it out"),
+        ("dialogue", Prompt("a red circle<eos>"), "control token '<eos>'"),
+        ("text_to_image", Prompt("<bos> a circle"), "control token '<bos>'"),
+        ("edit", Prompt("remove the <image>", sources=(GOOD,)), "control token '<image>'"),
+        ("reflect", Prompt("a circle <end>"), "control token '<end>'"),
     ],
 )
 def test_prompts_that_a_variant_cannot_take(variant, prompt, message):
@@ -179,6 +184,12 @@ def test_prompts_that_a_variant_cannot_take(variant, prompt, message):
     with pytest.raises(ValueError, match=message):
         env.reset(seed=1, options={"prompts": [prompt, prompt]})
     assert all(torch.equal(before[name], value) for name, value in env.episodes.observe().items()), "no row has changed"
+
+
+def test_a_system_prompt_has_no_control_tokens():
+    variant = dataclasses.replace(make_variant("story"), system_prompt="draw <image>")
+    with pytest.raises(ValueError, match="'draw <image>', got the control token '<image>'"):
+        InterleavedGenVectorEnv(variant, 2).reset(seed=0)
 
 
 def test_rules_that_cannot_be():
