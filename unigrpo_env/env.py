@@ -54,9 +54,10 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     also `text`, `components` (name to float) and `unscored`.
 
     ## Rewards
-    By default 0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN, with `info["unscored"]`, where it could
-    not say. An episode that ends without a picture gets the lowest reward. A variant may also pay for each thought, in the step that opens its image, and for each
+    By default 0, but for the step that ends the episode: what the variant's reward says of picture and words. NaN where it could not say.
+    An episode that ends without a picture gets the lowest reward. A variant may also pay for each thought, in the step that opens its image, and for each
     picture, in the step that finishes it. In a step that pays, `info["paid"]` has the parts: `thought_reward`, `round_reward`, `reward` at the end.
+    `info["unscored"]` tells at the end whether any of them was NaN.
 
     ## Starting State
     `reset(seed=...)` draws a training prompt from the task; `options={"prompt": "..."}` names one (a `Prompt`, where it has sources or turns). The noise x_1 depends on the seed alone.
@@ -113,7 +114,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
         if ended:
             info["text"] = self.episodes.texts([0])[0]
             info["components"] = {name: float(values[0]) for name, values in result.components.items()}
-            info["unscored"] = bool(result.reward[0].isnan())
+            info["unscored"] = bool(result.unscored[0])
         if result.paid:
             info["paid"] = {name: float(values[0]) for name, values in result.paid.items()}
         return self._observation(), float(result.reward[0]), ended, False, info

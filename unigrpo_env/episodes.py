@@ -68,6 +68,7 @@ class StepResult:
         reward: `[N]` float32, all that was paid in this step: at the end, for a thought, for a picture; 0 for rows that were paid nothing, NaN for one that could
             not be scored.
         ended: the rows that ended in this step, int64 indices, on the CPU.
+        unscored: `[N]` bool: of those, the ones that some reward, at the end or on the way, could not score.
         components: named parts of the reward at the end, `[N]` float32, NaN elsewhere.
         paid: the parts of `reward`, `[N]` float32 each, 0 elsewhere: `reward` at the end, `thought_reward` and `round_reward` on the way; those that paid nobody in
             this step are left out.
@@ -75,6 +76,7 @@ class StepResult:
 
     reward: Tensor
     ended: Tensor
+    unscored: Tensor
     components: dict[str, Tensor] = field(default_factory=dict)
     paid: dict[str, Tensor] = field(default_factory=dict)
 
@@ -102,6 +104,7 @@ class Episodes:
         self.on_the_way = {name: WeightedReward(reward) for name, reward in on_the_way.items() if reward is not None}
         self.state = EpisodeState.empty(rows, self.rules, device)
         self.prompts: list[Prompt | None] = [None] * rows
+        self.unscored = torch.zeros(rows, dtype=torch.bool)
         self.begun = False
         self.times = self.rules.times().to(device)
         self.next_times = torch.cat([self.times[1:], self.times[-1:]])
@@ -196,6 +199,7 @@ class Episodes:
         index = torch.tensor(rows, device=self.state.phase.device)
         ids, sources, turns = zip(*(encoded[id(prompt)] for prompt in prompts), strict=True)
         self.state.begin(index, self.rules, ids, seeds, torch.stack(sources) if self.rules.source_images else None, turns)
+        self.unscored[rows] = False
         for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row] = prompt
 
@@ -226,7 +230,11 @@ class Episodes:
                 paid["reward"][rows] = scores.reward
                 unknown = torch.full_like(nothing, torch.nan)
                 components = {name: unknown.index_put((rows,), values) for name, values in scores.components.items()}
-        return StepResult(sum(paid.values(), nothing), ended, components, paid)
+        reward, unscored = sum(paid.values(), nothing), nothing.bool()
+        if paid:
+            self.unscored |= reward.isnan()
+            unscored[ended] = self.unscored[ended]
+        return StepResult(reward, ended, unscored, components, paid)
 
     def finished(self, rows: Sequence[int]) -> EpisodeBatch:
         """The episodes `rows` as a reward at the end sees them."""

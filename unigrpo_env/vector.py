@@ -95,8 +95,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
 
         Returns:
             Observation; reward `[N]` float32, paid in the step that ends a row (and on the way, in variants that do); terminated `[N]` bool, True from then on; truncated, all False; infos: `prompts`, and
-            when rows ended their indices `ended`, `unscored` `[N]` bool and the reward's `components` by name, NaN elsewhere; when something was paid, `paid`, the parts of the reward
-            by name, `[N]` float32 each: `thought_reward`, `round_reward`, `reward` at the end.
+            when rows ended their indices `ended`, `unscored` `[N]` bool (any of their rewards was NaN, on the way or at the end) and the reward's `components` by name, NaN elsewhere;
+            when something was paid, `paid`, the parts of the reward by name, `[N]` float32 each: `thought_reward`, `round_reward`, `reward` at the end.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -109,7 +109,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         result = self.episodes.step(token, latent, torch.as_tensor(active, device=device))
         infos = self._info()
         if len(result.ended):
-            infos |= {"ended": result.ended, "unscored": result.reward.isnan(), "components": result.components}
+            infos |= {"ended": result.ended, "unscored": result.unscored, "components": result.components}
         if result.paid:
             infos["paid"] = result.paid
         terminated = self.episodes.state.phase == Phase.DONE

@@ -170,6 +170,27 @@ def test_unscorable_is_not_zero(bad):
     assert terminated.all()
 
 
+@pytest.mark.parametrize("name", ["thought_reward", "round_reward"])
+def test_an_unscorable_reward_on_the_way_is_told_at_the_end(name):
+    def no_circles(episodes):
+        """NaN for the first thought or picture of a circle's episode."""
+        first = [len(drawn) == (name == "round_reward") for drawn in episodes.pictures]
+        return [math.nan if here and "circle" in prompt else 1.0 for here, prompt in zip(first, episodes.prompts, strict=True)]
+
+    variant = make_variant("story", pictures=2, text_budget=1, image_steps=1, reward="extra_pictures", **{name: no_circles})
+    one, two = InterleavedGenEnv(variant), InterleavedGenVectorEnv(variant, 2)
+    for prompts in (["a circle", "a square"], ["a square", "a circle"]):
+        one.reset(seed=0, options={"prompt": prompts[0]})
+        *_, info = [one.step(action(one))[-1] for _ in range(4)]
+        assert info["unscored"] == ("circle" in prompts[0])
+        two.reset(seed=0, options={"prompts": prompts})
+        told = []
+        for active in ([True, False], [True, True], [True, True], [True, True], [False, True]):  # row 1 is a step behind
+            infos = two.step({name: value[:2] for name, value in LAST.items()}, torch.tensor(active))[-1]
+            told += [infos["unscored"].tolist()] if "unscored" in infos else []
+        assert told == [["circle" in prompts[0], False], [False, "circle" in prompts[1]]]
+
+
 def test_leaving_without_a_picture_gets_the_lowest_reward_and_never_nan():
     variant = make_variant("text_to_image", reward=lambda episodes: [math.nan] * len(episodes))
     env = InterleavedGenEnv(dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=10)))
