@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unigrpo_env.episodes import Episodes
@@ -26,12 +26,15 @@ def read_picture(path: str | Path) -> Tensor:
     """A picture file as `[3, height, width]` float32 in [0, 1]; transparency on white.
 
     Raises:
-        ValueError: no file, or none that is a picture.
+        ValueError: no file, or none that is a whole picture.
     """
     try:
-        picture = Image.open(path).convert("RGBA")
-    except (FileNotFoundError, UnidentifiedImageError) as error:
-        raise ValueError(f"expected a picture at {path}: {error}") from error
+        picture: Image.Image = Image.open(path)
+        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
+        picture = picture.convert("RGBA")
+    except (OSError, SyntaxError) as error:  # PIL's own errors of a missing, foreign or broken file
+        raise ValueError(f"expected a whole picture at {path}, got: {error}; check the path, or save the picture anew") from error
     white = Image.new("RGBA", picture.size, "white")
     pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.error import ResetNeeded
+from PIL import Image
 
 import unigrpo_env  # noqa: F401
 from rewards import EpisodeBatch
 from unigrpo_env.env import InterleavedGenEnv
+from unigrpo_env.rendering import read_picture
 from unigrpo_env.tasks import PromptFile
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
@@ -63,12 +65,17 @@ def test_step_before_reset():
         InterleavedGenVectorEnv(num_envs=2).step({"token": torch.zeros(2, dtype=torch.long), "latent": torch.zeros(2, 36, 48)})
 
 
-def test_step_after_the_end():
-    env = env_in_image_phase()
-    for _ in range(10):
-        env.step(action(env))
+@pytest.mark.parametrize("name", ["text_to_image", "edit", "reflect", "story", "dialogue"])
+def test_step_after_the_end(name):
+    env = InterleavedGenEnv(name, text_budget=1, image_steps=1)
+    env.reset(seed=0)
+    ended = False
+    while not ended:
+        after, _, ended, *_ = env.step(action(env))
     with pytest.raises(ValueError, match="ended"):
         env.step(action(env))
+    again = env._observation()
+    assert all(np.array_equal(after[name], again[name]) for name in after)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,38 @@ def test_prompt_files(tmp_path, name, text, message):
         PromptFile(tmp_path / name)
     with pytest.raises(ValueError, match="found none"):
         PromptFile(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize(
+    ("picture", "expected"),
+    [
+        (Image.new("L", (3, 2), 102), (0.4, 0.4, 0.4)),
+        (Image.new("P", (3, 2), 0), (0.0, 0.0, 0.0)),
+        (Image.new("RGB", (3, 2), (255, 102, 0)).quantize(2), (1.0, 0.4, 0.0)),
+        (Image.new("RGBA", (3, 2), (255, 0, 0, 51)), (1.0, 0.8, 0.8)),
+        (Image.new("RGBA", (3, 2), (255, 0, 0, 0)), (1.0, 1.0, 1.0)),
+        (Image.fromarray(np.full((2, 3), 102 * 257, np.uint16)), (0.4, 0.4, 0.4)),
+    ],
+)
+def test_picture_files_of_any_mode_are_rgb(tmp_path, picture, expected):
+    picture.save(tmp_path / "p.png")
+    found = read_picture(tmp_path / "p.png")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected)[:, None, None].expand(3, 2, 3))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_picture_files_that_are_none(tmp_path, suffix):
+    path = tmp_path / f"p.{suffix}"
+    with pytest.raises(ValueError, match=f"whole picture at .*p.{suffix}, got"):
+        read_picture(path)
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    for broken in (b"", b"no picture", whole[:20], whole[: len(whole) // 2]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=f"whole picture at .*p.{suffix}, got"):
+            read_picture(path)
 
 
 def test_a_prompt_file_keeps_its_splits_apart(tmp_path):

@@ -137,6 +137,26 @@ def test_a_user_with_no_more_to_say_ends_the_episode():
     assert reward == 1
 
 
+def test_users_say_as_much_as_each_has_to_say():
+    """Rows side by side whose users have none, one and two turns."""
+    variant = make_variant("dialogue", text_budget=1, image_steps=1, reward="extra_pictures")
+    variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, image_budget=3))
+    env = InterleavedGenVectorEnv(variant, 3)
+    turns = [(), ("make the circle blue",), ("make the circle blue", "remove the circle")]
+    observation, _ = env.reset(seed=0, options={"prompts": [Prompt("a red circle", turns=said) for said in turns]})
+    total = torch.zeros(3)
+    while (observation["phase"] != Phase.DONE).any():
+        token = torch.full((3,), IDS["<eos>"])
+        observation, reward, *_ = env.step({"token": token, "latent": observation["latent"]}, observation["phase"] != Phase.DONE)
+        total += reward
+    assert total.tolist() == [0, 1, 2]
+    assert (observation["image_places"] >= 0).sum(1).tolist() == [0, 1, 2], "what nobody answers is not read"
+    begun, said = "<bos> a red circle <eos> <bos> <eos>", "<image> <bos> {} <eos> <bos> <eos>"
+    for row, spoken in enumerate(turns):
+        ids = observation["tokens"][row, : observation["num_tokens"][row]].tolist()
+        assert " ".join(shapes_tokenizer().convert_ids_to_tokens(ids)) == " ".join([begun, *map(said.format, spoken)])
+
+
 def test_an_edit_begins_with_its_source():
     env = InterleavedGenEnv("edit")
     change = {"action": "remove", "thing": {"colour": "red", "shape": "circle", "side": None}}
@@ -164,7 +184,9 @@ GOOD = picture(layout(c1=RED_CIRCLE))
         ("edit", Prompt("remove the circle", sources=(GOOD[:, :16],)), r"shape \[3, 24, 24\] \(RGB\), got \[3, 16, 24\]"),
         ("edit", Prompt("remove the circle", sources=(GOOD[:1],)), r"got \[1, 24, 24\]"),
         ("edit", Prompt("remove the circle", sources=((GOOD * 255).byte(),)), "torch.uint8"),
+        ("edit", Prompt("remove the circle", sources=(torch.cat([GOOD, GOOD[:1]]),)), r"\(RGB\), got \[4, 24, 24\]"),
         ("edit", Prompt("remove the circle", sources=(GOOD * 255,)), "divide bytes by 255"),
+        ("edit", Prompt("remove the circle", sources=(GOOD * 2 - 1,)), r"values in \[0, 1\], got \[-"),
         ("edit", Prompt("remove the circle", sources=(GOOD * torch.nan,)), r"values in \[0, 1\]"),
         ("edit", Prompt("remove the circle", sources=("picture.png",)), "got str"),
         ("story", Prompt("a red circle then a blue square", turns=("make it blue",)), "expected at most 0 turns"),
