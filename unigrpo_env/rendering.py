@@ -50,15 +50,17 @@ def enlarge(image: Tensor, side: int) -> Image.Image:
 
 
 def render_frame(episodes: Episodes, row: int) -> np.ndarray:
-    """One row as `(272, 608, 3)` uint8."""
+    """One row as `(272, 608, 3)` uint8: the picture being drawn, else the last one drawn, else the last source, else an empty frame."""
     state, prompt = episodes.state, episodes.prompts[row]
     phase = Phase(int(state.phase[row]))
     frame = Image.new("RGB", (SIDE + WORDS_WIDTH + 3 * MARGIN, SIDE + 2 * MARGIN), PAPER)
     pen = ImageDraw.Draw(frame)
-    if phase is Phase.TEXT:
-        pen.rectangle((MARGIN, MARGIN, MARGIN + SIDE - 1, MARGIN + SIDE - 1), outline=FAINT)
-    else:
+    if phase is Phase.IMAGE or state.images_drawn[row] > 0:
         frame.paste(enlarge(episodes.variant.decode(state.latent[row : row + 1])[0], SIDE), (MARGIN, MARGIN))
+    elif prompt and prompt.sources:
+        frame.paste(enlarge(prompt.sources[-1], SIDE), (MARGIN, MARGIN))
+    else:
+        pen.rectangle((MARGIN, MARGIN, MARGIN + SIDE - 1, MARGIN + SIDE - 1), outline=FAINT)
     left, y = SIDE + 2 * MARGIN, MARGIN
     t = float(episodes.times[state.step[row]])
     status = {Phase.TEXT: "thinking", Phase.IMAGE: f"drawing   t = {t:.2f}", Phase.DONE: "done"}[phase]

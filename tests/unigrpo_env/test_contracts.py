@@ -3,11 +3,14 @@
 import dataclasses
 
 import gymnasium as gym
+import numpy as np
 import pytest
 from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
 
 import unigrpo_env  # noqa: F401
+from unigrpo_env.env import InterleavedGenEnv
+from unigrpo_env.rendering import PAPER, enlarge
 from unigrpo_env.testing import VariantContract
 from unigrpo_env.variants import VARIANTS
 
@@ -105,6 +108,17 @@ def test_wrappers(tmp_path):
     assert list(tmp_path.glob("*.mp4"))
 
 
+def test_a_time_limit_truncates_what_is_not_finished():
+    env = gym.wrappers.TimeLimit(gym.make("unigrpo/Story-v0", pictures=2, text_budget=0, image_steps=2), 3)
+    for _ in range(2):
+        observation, _ = env.reset(seed=0)
+        told = []
+        for _ in range(3):
+            observation, reward, *ended, _ = env.step({"token": 0, "latent": observation["latent"]})
+            told.append((reward, *ended))
+        assert told == [(0, False, False), (0, False, False), (0, False, True)], "the second picture is half drawn"
+
+
 def test_frames_show_the_picture_and_the_words():
     env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array").unwrapped
     env.reset(seed=0)
@@ -120,3 +134,18 @@ def test_frames_show_the_picture_and_the_words():
     assert thinking.shape == drawing.shape == (272, 608, 3)
     assert thinking.dtype == "uint8"
     assert (thinking[20:250, 20:250] != drawing[20:250, 20:250]).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["edit", "story"])
+def test_frames_show_the_last_picture_while_words_are_said(name):
+    env = InterleavedGenEnv(name, render_mode="rgb_array", text_budget=2, image_steps=1)
+    observation, _ = env.reset(seed=0)
+    shown = [env.render()[16:256, 16:256]]
+    for _ in range(3):
+        observation, *_ = env.step({"token": 10, "latent": observation["latent"] * 0})
+        shown.append(env.render()[16:256, 16:256])
+    (source,) = env.episodes.prompts[0].sources or (None,)
+    empty = np.full((238, 238, 3), PAPER, np.uint8)
+    first = empty if source is None else np.asarray(enlarge(source, 240))[1:-1, 1:-1]
+    assert [np.array_equal(frame[1:-1, 1:-1], first) for frame in shown] == [True, True, False, False]
+    assert (shown[3] == 128).all(), "grey was drawn, and is looked at"
