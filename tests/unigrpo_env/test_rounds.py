@@ -8,7 +8,7 @@ import torch
 
 from rewards import EpisodeBatch
 from rewards.rounds import dialogue, edit, edit_thought, extra_pictures, judge_edit, judge_story, story
-from rewards.shapes import KINDS, draw
+from rewards.shapes import COLOURS, KINDS, draw
 from unigrpo_env.env import InterleavedGenEnv
 from unigrpo_env.mdp import Phase, Rules
 from unigrpo_env.rounds_world import DialogueTask, EditTask, StoryTask, make_edit
@@ -258,8 +258,16 @@ def test_edits_are_judged_by_the_change_and_by_the_rest(seed):
     for place in free[:2]:
         more = [*right]
         more[place] = RED_CIRCLE
-        if change["action"] != "put":
-            assert judge_edit(before, more, change).strict == 0, "something else was added"
+        assert judge_edit(before, more, change).strict == 0, "something else was added"
+    bystanders = [p for p in range(9) if right[p] == before[p] != 0]
+    assert bystanders
+    for place in bystanders:
+        colour, shape = KINDS[before[place] - 1]
+        others = [1 + KINDS.index((other, shape)) for other in COLOURS if other != colour]
+        for there, here in [*((place, other) for other in others), *((p, 0) for p in range(9) if right[p] == 0)]:
+            changed = [*right]
+            changed[there], changed[place] = before[place], here  # recoloured, or moved
+            assert not judge_edit(before, changed, change).requirements["all else stays"]
     batch = EpisodeBatch(
         [prompt.text], [""], picture(right)[None], [prompt.metadata], [picture(right)[None]], [[""]], [torch.stack(prompt.sources)]
     )
