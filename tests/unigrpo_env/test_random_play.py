@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -13,21 +13,29 @@ from agents.collector import Collector
 from agents.flow import Window
 from rewards import EpisodeBatch
 from unigrpo_env.mdp import Phase
+from unigrpo_env.variants import VARIANTS as REGISTERED
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
 SHAPES_VARIANTS = ("text_to_image", "edit", "reflect", "story", "dialogue")
-VARIANTS = (*SHAPES_VARIANTS, "toy")
+VARIANTS = (*SHAPES_VARIANTS, "toy", "leaving")
+"""The registered ones, and one whose episodes may end before the first picture."""
 
 
 def one(value):
     return lambda episodes: torch.full((len(episodes),), value)
 
 
-def paying(name, **arguments):
-    """A variant that pays 1 a thought, 10 a picture, 100 at the end, and 50 for leaving without a picture."""
-    variant = make_variant(name, reward=one(100.0), thought_reward=one(1.0), round_reward=one(10.0), **arguments)
-    return dataclasses.replace(variant, lowest_reward=50.0)
+def paying(name, thought, picture, end, **arguments):
+    """A variant that pays these for a thought, a picture and an end, and 50 for leaving without a picture."""
+    registered = "reflect" if name == "leaving" else name
+    variant = make_variant(registered, reward=end, thought_reward=thought, round_reward=picture, **arguments)
+    rules = dataclasses.replace(variant.rules, end_before_image=name == "leaving")
+    return dataclasses.replace(variant, rules=rules, lowest_reward=50.0)
+
+
+def test_every_registered_variant_is_played_here():
+    assert {*VARIANTS} - {"leaving"} == {*REGISTERED}
 
 
 def speak(legal, rng, haste, rules):
@@ -40,12 +48,12 @@ def speak(legal, rng, haste, rules):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None)
+@example(seed=0, rows=2, text_budget=2, haste=1.0, idle=0.0)
 @given(seed=st.integers(0, 2**20), rows=st.integers(1, 4), text_budget=st.integers(0, 3), haste=st.floats(0, 0.6), idle=st.floats(0, 0.5))
 def test_random_legal_play(name, seed, rows, text_budget, haste, idle):
-    if name == "toy":
-        text_budget = max(text_budget, 1)
-    env = InterleavedGenVectorEnv(paying(name, text_budget=text_budget, image_steps=2), rows)
+    variant = paying(name, one(1.0), one(10.0), one(100.0), text_budget=text_budget, image_steps=2)
+    env = InterleavedGenVectorEnv(variant, rows)
     rules, rng = env.episodes.rules, torch.Generator().manual_seed(seed)
     observation, _ = env.reset(seed=seed)
     thoughts = pictures = ends = torch.zeros(rows)
@@ -61,8 +69,10 @@ def test_random_legal_play(name, seed, rows, text_budget, haste, idle):
         left = writes & (after["phase"] == Phase.DONE)
         opened = writes & (after["phase"] == Phase.IMAGE)
         drawn = draws & (observation["step"] == rules.image_steps - 1)
-        if rules.end_id is None or not rules.end_before_image:
-            assert not left.any() or (left & (pictures > 0) == left).all()
+        if rules.end_id is None:
+            assert not left.any()
+        elif not rules.end_before_image:
+            assert (pictures[left] > 0).all()
         assert torch.equal(after["phase"][~active], phase[~active])
         assert (after["phase"][draws & ~drawn] == Phase.IMAGE).all()
         assert torch.equal(terminated, after["phase"] == Phase.DONE)
@@ -71,7 +81,7 @@ def test_random_legal_play(name, seed, rows, text_budget, haste, idle):
         ended = terminated & ~over
         expected = opened * 1.0 + drawn * 10.0 + ended * torch.where(pictures + drawn > 0, 100.0, 50.0)
         assert torch.equal(reward, expected), "each reward once, at its place"
-        assert ended.nonzero()[:, 0].tolist() == infos.get("ended", torch.zeros(0)).tolist()
+        assert ended.nonzero()[:, 0].tolist() == sorted(infos.get("ended", torch.zeros(0)).tolist())
         said = torch.where(drawn, 0, said + writes)
         assert (said <= rules.text_budget).all()
         thoughts, pictures, ends, total = thoughts + opened, pictures + drawn, ends + ended, total + reward
@@ -81,6 +91,8 @@ def test_random_legal_play(name, seed, rows, text_budget, haste, idle):
         observation, over = after, terminated
     assert (ends == 1).all()
     assert torch.equal(thoughts, pictures if text_budget else torch.zeros(rows))
+    if name == "leaving" and text_budget and haste == 1:
+        assert not pictures.any(), "in such haste all leave at once"
     assert torch.equal(total, thoughts + 10 * pictures + torch.where(pictures > 0, 100.0, 50.0))
     for row in range(rows):
         assert len(env.episodes.pictures([row])[0]) == pictures[row]
@@ -94,27 +106,42 @@ def fingerprint(episodes: EpisodeBatch):
     )
 
 
-@pytest.mark.parametrize("name", SHAPES_VARIANTS)
-def test_an_episode_replayed_from_its_saved_trajectory_gives_the_same_reward(small_bagel, name, tmp_path):
-    variant = make_variant(name, reward=fingerprint, text_budget=4, image_steps=3)
+@pytest.mark.parametrize("name", [*SHAPES_VARIANTS, "leaving"])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(seed=3)
+@given(seed=st.integers(0, 2**20))
+def test_an_episode_replayed_from_its_saved_trajectory_gives_the_same_rewards(small_bagel, tmp_path_factory, name, seed):
+    variant = paying(name, fingerprint, fingerprint, fingerprint, text_budget=4, image_steps=3)
+    rules, folder = variant.rules, tmp_path_factory.mktemp("episodes")
+    if rules.end_id is not None:  # few legal words, so that some episodes end early
+        few = {rules.open_image_id, rules.end_id, 10, 11}
+        rules = dataclasses.replace(rules, forbidden_ids=tuple({*range(rules.vocab_size)} - few))
+        variant = dataclasses.replace(variant, rules=rules)
     env = InterleavedGenVectorEnv(variant, 4, copy=False)
-    prompts = variant.task.prompts("train", 2, 0)
-    Collector(env, Actor(small_bagel, window=Window(1, 0, 2)), 2).collect(prompts, 3).flatten(0, 1).memmap(tmp_path / "episodes")
-    saved = TensorDict.load_memmap(tmp_path / "episodes")
-    sources = variant.rules.source_images
+    prompts = variant.task.prompts("train", 2, seed)
+    Collector(env, Actor(small_bagel, window=Window(1, 0, 2)), 2).collect(prompts, seed).flatten(0, 1).memmap(folder)
+    saved = TensorDict.load_memmap(folder)
+    if rules.end_id is not None and seed == 3:
+        assert (saved["images_drawn"] < rules.image_budget).any()
     for row, prompt in enumerate([prompts[0], prompts[0], prompts[1], prompts[1]]):
         episode, again = saved[row], InterleavedGenVectorEnv(variant, 1)
-        latents = [episode["latent"]]
+        latents, drawn = [episode["latent"]], int(episode["images_drawn"])
         if "images" in episode.keys():  # noqa: SIM118 (a TensorDict is no dict)
-            read = (episode["image_places"][sources:] >= 0).sum()
-            latents = list(episode["images"][sources : sources + read]) + ([episode["latent"]] if read < episode["images_drawn"] else [])
+            read = (episode["image_places"][rules.source_images :] >= 0).sum()
+            latents = list(episode["images"][rules.source_images :][:read]) + ([episode["latent"]] if read < drawn else [])
         words = iter(episode["tokens"][episode["chosen_mask"]].tolist())
         observation, _ = again.reset(seed=0, options={"prompts": [prompt]})
-        total = 0.0
+        paid = {"thought_reward": list[float](), "round_reward": list[float](), "reward": list[float]()}
         while observation["phase"] != Phase.DONE:
-            token = next(words) if observation["phase"] == Phase.TEXT else 0
-            number = min(int(again.episodes.state.images_drawn), len(latents) - 1)
-            observation, reward, *_ = again.step({"token": torch.tensor([token]), "latent": latents[number][None]})
-            total += float(reward)
+            token, latent = 0, observation["latent"]
+            if observation["phase"] == Phase.TEXT:
+                token = next(words)
+            else:
+                latent = latents[int(again.episodes.state.images_drawn)][None]
+            observation, _, _, _, infos = again.step({"token": torch.tensor([token]), "latent": latent})
+            for part, value in infos.get("paid", {}).items():
+                paid[part].append(float(value))
         assert next(words, None) is None
-        assert total == float(episode["reward"])
+        assert paid["thought_reward"] == episode["thought_reward"][:drawn].tolist()
+        assert paid["round_reward"] == episode["round_reward"][:drawn].tolist()
+        assert paid["reward"] == [float(episode["reward"])]
