@@ -130,7 +130,7 @@ class Episodes:
         tokenizer, rules = self.variant.tokenizer, self.rules
         words = tokenizer.encode(text, add_special_tokens=False)
         # Typed, they would claim a picture that has no place, or an end that nobody came to.
-        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, rules.image_id, rules.end_id}
+        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, rules.open_image_id, rules.image_id, rules.end_id}
         if typed := [token for token in words if token in marks]:
             raise ValueError(
                 f"expected words in {text[:60]!r}, got the control token {tokenizer.decode(typed[:1])!r}; "

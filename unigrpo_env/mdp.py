@@ -282,11 +282,11 @@ def transition(state: EpisodeState, rules: Rules, token: Tensor, latent: Tensor,
         turn: who acts; the other rows stay as they are.
 
     Returns:
-        The rows that ended in this step, int64 indices.
+        The rows that ended in this step, int64 indices, rising.
     """
     left = _append(state, rules, token.index_select(0, turn.text), turn.text) if len(turn.text) else turn.text
     drawn = _denoise(state, rules, latent, turn.image) if len(turn.image) else turn.image
-    ended = torch.cat([left, drawn]) if len(left) else drawn
+    ended = torch.cat([left, drawn]).sort().values if len(left) else drawn
     if len(ended):
         state.phase[ended] = Phase.DONE
         state.legal_tokens[ended] = False

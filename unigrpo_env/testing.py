@@ -114,7 +114,7 @@ class VariantContract:
         env = InterleavedGenVectorEnv(variant, 2)
         observation, _ = env.reset(seed=[7, 8])
         active = torch.tensor([True, False])
-        total = torch.zeros(2)
+        total = torch.zeros(2, dtype=torch.float64)  # as Python adds up
         for expected, action in zip(observations, [*actions, None], strict=True):
             for name, value in expected.items():
                 assert np.array_equal(np.asarray(observation[name][0]), value), name
