@@ -10,7 +10,7 @@ from agents.flow import Window
 from agents.loss import UniGRPOLoss, stage_advantages
 from agents.objectives import group_advantage, stage_returns
 from agents.trainer import Trainer
-from rewards import UnscoredError
+from rewards import UnscoredError, WeightedReward
 from unigrpo_env.env import InterleavedGenEnv
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
@@ -125,6 +125,58 @@ def test_credit_says_who_learns_from_a_thoughts_reward(small_bagel, tmp_path):
     assert not found["onward"]["advantage"][:, 1].any()
     torch.testing.assert_close(found["onward"]["advantage"][:, 0], found["episode"]["advantage"])
     torch.testing.assert_close(found["onward"]["returns"][:, 1], torch.ones(8))
+
+
+def follow(one, script):
+    """Let each row say that many words before each of its pictures, and then, if it has pictures left, `<end>`."""
+    act, rules, state = one.collector.actor.act, one.variant.rules, one.env.episodes.state
+    (word,) = one.variant.tokenizer.encode("red", add_special_tokens=False)
+
+    def scripted(observation):
+        decision = act(observation)
+        for row, lengths in enumerate(script):
+            number = int(state.images_drawn[row])
+            decision.token[row] = (
+                rules.end_id if number >= len(lengths) else word if state.sampled[row] < lengths[number] else rules.open_image_id
+            )
+        return decision
+
+    one.collector.actor.act = scripted
+
+
+RAGGED = [[2, 2, 3], [0], [2, 1], [4, 3]]
+"""Words before each picture of four episodes; three of them stop early."""
+
+
+@pytest.mark.parametrize("credit", ["episode", "onward"])
+def test_pictures_paid_one_by_one_in_ragged_episodes_by_hand(small_bagel, tmp_path, credit):
+    """A picture is paid the number of words before it; at the end there are 4 for one picture, 1 for more. The second group is all alike."""
+    settings = ["env.variant=reflect", "env.image_steps=4", "algorithm.window_size=2", "algorithm.window_high=3"]
+    one = trainer(small_bagel, tmp_path, *settings, f"algorithm.credit={credit}")
+    one.env.episodes.reward = WeightedReward(lambda batch: [4.0 if len(drawn) == 1 else 1.0 for drawn in batch.pictures])
+    one.env.episodes.on_the_way["round_reward"] = WeightedReward(
+        lambda batch: [float(len(said[len(drawn) - 1].split())) for said, drawn in zip(batch.rounds, batch.pictures, strict=True)]
+    )
+    follow(one, [*RAGGED, *[[1, 2]] * 4])
+    episodes, metrics = one._gather(5)
+    assert episodes["images_drawn"].tolist() == [[3, 1, 2, 2], [2] * 4]
+    assert episodes["round_reward"].tolist() == [[[2, 2, 3], [0, 0, 0], [2, 1, 0], [4, 3, 0]], [[1, 2, 0]] * 4]
+    assert episodes["counts"].all()
+    assert {name: metrics[name] for name in ("reward", "round_reward", "signal")} == {
+        "reward": 11 / 8,
+        "round_reward": 29 / 8,
+        "signal": 0.5,
+    }
+    nan, two, three = torch.nan, 2**0.5, 1.5**0.5
+    if credit == "episode":
+        returns, advantage, alike = [8, 4, 4, 8], [1, -1, -1, 1], [4] * 4
+    else:  # thought 1, picture 1, ...: a thought begun without a picture after it earns what the end pays, and is compared
+        returns = [[8, 8, 6, 6, 4, 4], [4, 4, 4, nan, nan, nan], [4, 4, 2, 2, 1, nan], [8, 8, 4, 4, 1, nan]]
+        advantage = [[1, 1, two, three, two, 0], [-1, -1, 0, 0, 0, 0], [-1, -1, -two, -three, -1 / two, 0], [1, 1, 0, 0, -1 / two, 0]]
+        alike = [[4, 4, 3, 3, 1, nan]] * 4
+    torch.testing.assert_close(episodes["returns"], torch.tensor([returns, alike], dtype=torch.float32), equal_nan=True)
+    torch.testing.assert_close(episodes["advantage"][0], torch.tensor(advantage, dtype=torch.float32))
+    assert not episodes["advantage"][1].any()
 
 
 @pytest.mark.parametrize("credit", ["episode", "onward"])
