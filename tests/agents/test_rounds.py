@@ -1,6 +1,8 @@
 """Several pictures: the actor reads each once, a fresh one in mid-episode thinks the same, and training sees what the rollout saw."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from agents.collector import Collector
 from agents.config import AlgorithmSettings, load_config
 from agents.evaluation import evaluate
 from agents.flow import Window
+from agents.logs import read_metrics
 from agents.loss import UniGRPOLoss
 from agents.objectives import group_advantage
 from agents.run import run
@@ -239,30 +242,40 @@ def test_splits_and_order_change_nothing(small_bagel, name):
         torch.testing.assert_close(gradient(small_bagel, parts, loss), whole, atol=3e-6, rtol=1e-3)
 
 
-def test_a_run_over_rounds_stops_and_goes_on(small_bagel, tmp_path):
+@pytest.mark.parametrize("name", ["reflect", "edit", "dialogue"])
+def test_a_run_over_rounds_stops_and_goes_on(small_bagel, tmp_path, name):
+    """Same weights, same metrics, and the same pictures in the report, those from before the stop included."""
     small_bagel.save_pretrained(tmp_path / "start")
     settings = [
-        "env.variant=reflect", "env.text_budget=4", "env.image_steps=6", "trainer.groups=2", "trainer.group_size=4", "evaluation.prompts=4",
-        "env.reward=extra_pictures", "output.tensorboard=false", "output.samples_every=0", "evaluation.every=0", "output.checkpoint_every=1",
+        f"env.variant={name}", "env.text_budget=4", "env.image_steps=4", "algorithm.window_size=2", "algorithm.window_high=3",
+        "trainer.groups=2", "trainer.group_size=2", "evaluation.prompts=4", "env.reward=crispness", "env.thought_reward=brevity",
+        "output.tensorboard=false", "output.samples_every=0", "evaluation.every=0", "output.checkpoint_every=1",
     ]  # fmt: skip
 
     def trainer(folder, iterations):
         model = type(small_bagel).from_pretrained(tmp_path / "start")
         return Trainer(load_config("unigrpo", [*settings, f"trainer.iterations={iterations}", f"output.folder={tmp_path / folder}"]), model)
 
-    whole = trainer("whole", 2)
-    run(whole, Console(quiet=True))
-    run(trainer("stopped", 1), Console(quiet=True))
-
     def longer(config):
         config.trainer.iterations = 2
         return config
 
+    def account(one):
+        summary, folder = run(one, Console(quiet=True)), Path(one.config.output.folder)
+        pictures = re.findall('data:image/png[^"]*', (folder / "report.html").read_text())
+        rows = [{key: value for key, value in row.items() if key != "episodes_per_second"} for row in read_metrics(folder)]
+        return {key: value for key, value in summary.items() if key != "seconds_training"}, pictures, rows
+
+    whole = trainer("whole", 2)
+    expected = account(whole)
+    account(trainer("stopped", 1))
     again = Trainer.resume(tmp_path / "stopped", longer)
-    again.train()
-    expected = whole.model.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
-    assert any(not torch.equal(value, small_bagel.state_dict()[name]) for name, value in expected.items())
+    assert account(again) == expected
+    assert len(expected[1]) > 2 * 4, "four episodes before and after, of several pictures or with a source"
+    assert len(expected[2]) == 2
+    weights = whole.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in again.model.state_dict().items())
+    assert any(not torch.equal(value, small_bagel.state_dict()[name]) for name, value in weights.items())
 
 
 def test_other_objectives_say_that_they_take_one_picture(small_bagel, tmp_path):
