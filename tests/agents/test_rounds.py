@@ -18,6 +18,7 @@ from agents.loss import UniGRPOLoss
 from agents.objectives import group_advantage
 from agents.run import run
 from agents.trainer import Trainer
+from unigrpo_env.episodes import Episodes
 from unigrpo_env.mdp import Phase
 from unigrpo_env.variants import make_variant
 from unigrpo_env.vector import InterleavedGenVectorEnv
@@ -166,6 +167,8 @@ def test_trajectories_of_rounds(small_bagel, name):
     assert (drawn >= 1).all()
     times = episodes["window_times"].unflatten(1, (rules.image_budget, 3))
     assert (times.diff(dim=-1) < 0).all()
+    user = [Episodes(variant, 1).encode_turns(prompt) for prompt in variant.task.prompts("train", 2, 0)]
+    assert all(user) == (name == "dialogue")
     for row in range(8):
         latents = episodes["window_latents"][row].unflatten(0, (rules.image_budget, 3))
         assert latents[: drawn[row]].abs().sum((1, 2, 3)).gt(0).all()
@@ -174,9 +177,13 @@ def test_trajectories_of_rounds(small_bagel, name):
         assert chosen.sum() <= rules.image_budget * rules.text_budget
         assert not (said[chosen] == rules.image_id).any()
         places = [p for p in (episodes["image_places"][row] - episodes["prompt_length"][row]).tolist() if p >= 0]
-        assert (said[places] == rules.image_id).all(), "a picture that was read stands in the stream"
-        for place in places:
-            assert not chosen[place : place + 2].any(), "what the env says is nobody's choice"
+        turns = user[episodes["group"][row]] or [[]] * len(places)
+        for place, turn in zip(places, turns, strict=True):
+            spoken = [rules.image_id, *turn, *rules.next_ids]
+            end = place + len(spoken)
+            assert said[place:end].tolist() == spoken, "the picture, what the user then says, and the opening of the next thought"
+            assert not chosen[place:end].any(), "what the env says is nobody's choice"
+            assert chosen[end]
 
 
 @pytest.mark.parametrize("model", ["small_bagel", "seeing_bagel"])
