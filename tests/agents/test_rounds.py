@@ -1,5 +1,6 @@
 """Several pictures: the actor reads each once, a fresh one in mid-episode thinks the same, and training sees what the rollout saw."""
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from agents.actor import Actor
-from agents.collector import Collector
+from agents.collector import Collector, play
 from agents.config import AlgorithmSettings, load_config
 from agents.evaluation import evaluate
 from agents.flow import Window
@@ -146,10 +147,20 @@ WINDOW = Window(2, 0, 3)
 
 
 def collect(model, name, *, reward=lambda episodes: episodes.images.mean((1, 2, 3)) * 100 % 1):
-    variant = make_variant(name, text_budget=5, image_steps=4, reward=reward)
+    variant = make_variant(name, text_budget=5, image_steps=4, reward=reward) if isinstance(name, str) else name
     env = InterleavedGenVectorEnv(variant, 8, copy=False)
     episodes = Collector(env, Actor(model, window=WINDOW), 4).collect(variant.task.prompts("train", 2, 0), 3)
     return variant, episodes.flatten(0, 1)
+
+
+def collect_ragged(model):
+    """What row 0 says first after its first picture ends an episode: some rows stop early."""
+    variant, episodes = collect(model, "reflect")
+    after = episodes["image_places"][0, 0] - episodes["prompt_length"][0] + 2
+    end = int(episodes["tokens"][0, after])
+    variant, episodes = collect(model, dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=end)))
+    assert len(episodes["images_drawn"].unique()) > 1
+    return variant, episodes
 
 
 def ready(episodes, variant, model, **settings):
@@ -209,7 +220,7 @@ def gradient(model, parts, loss):
     model.zero_grad()
     for part in parts:
         out = loss(part)
-        (out["loss_text"] + out["loss_image"] + out["loss_velocity"]).backward()
+        (out["loss_text"] + out["loss_image"] + out["loss_velocity"] + out["loss_kl"]).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -233,20 +244,48 @@ def test_gradients_reach_the_reading_of_pictures_only_if_asked(small_bagel, name
 @pytest.mark.parametrize("name", ["reflect", "dialogue", "edit"])
 def test_splits_and_order_change_nothing(small_bagel, name):
     """Ragged rounds side by side, alone, or turned round: one gradient."""
-    variant, episodes = collect(small_bagel, name)
-    if name == "reflect":  # let what row 0 says first after its first picture end the episode: some rows stop early
-        after = episodes["image_places"][0, 0] - episodes["prompt_length"][0] + 2
-        end = int(episodes["tokens"][0, after])
-        variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, end_id=end))
-        env = InterleavedGenVectorEnv(variant, 8, copy=False)
-        episodes = Collector(env, Actor(small_bagel, window=WINDOW), 4).collect(variant.task.prompts("train", 2, 0), 3).flatten(0, 1)
-        assert len(episodes["images_drawn"].unique()) > 1
+    variant, episodes = collect_ragged(small_bagel) if name == "reflect" else collect(small_bagel, name)
     loss = ready(episodes, variant, small_bagel, velocity_weight=0.0)
     whole = gradient(small_bagel, [episodes], loss)
     assert whole.isfinite().all()
     assert whole.abs().sum() > 0
     for parts in (episodes.split(2), [episodes[torch.arange(7, -1, -1)]], list(episodes.split([1, 7]))):
         torch.testing.assert_close(gradient(small_bagel, parts, loss), whole, atol=3e-6, rtol=1e-3)
+
+
+def test_a_row_plays_among_ragged_others_as_it_plays_alone(small_bagel):
+    variant, episodes = collect_ragged(small_bagel)
+    prompts = variant.task.prompts("train", 2, 0)
+    for row in episodes:
+        env, actor, seed = InterleavedGenVectorEnv(variant, 1), Actor(small_bagel, window=WINDOW), int(row["seed"])
+        observation, _ = env.reset(seed=[seed], options={"prompts": [prompts[row["group"]]]})
+        actor.start([seed], (row["window_times"][:1] < 1).long())
+        alone = play(env, actor, observation).observation
+        assert env.episodes.state.images_drawn[0] == row["images_drawn"]
+        assert torch.equal(alone["tokens"][0, row["prompt_length"] : alone["num_tokens"][0]], row["tokens"][row["text_mask"]])
+        assert torch.equal(alone["image_places"][0], row["image_places"])
+        torch.testing.assert_close(alone["latent"][0], row["latent"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(alone["images"][0], row["images"], atol=1e-4, rtol=0)
+
+
+def test_what_unused_entries_hold_changes_nothing(small_bagel):
+    """Rounds that were not drawn, pictures that were not read, tokens beyond the last: whatever is there, losses and gradients are the same."""
+    variant, episodes = collect_ragged(small_bagel)
+    legal = ready(episodes, variant, small_bagel).legal_tokens
+    reference = copy.deepcopy(small_bagel).initialise(1)
+    loss = UniGRPOLoss(small_bagel, reference, legal, AlgorithmSettings(velocity_weight=1.0, latent_kl_weight=1.0, text_kl_weight=1.0))
+    junk = episodes.clone()
+    undrawn = torch.arange(variant.rules.image_budget) >= junk["images_drawn"][:, None]
+    for name in ("window_latents", "window_means", "window_times"):
+        junk[name].unflatten(1, (variant.rules.image_budget, -1))[undrawn] = torch.nan
+    junk["images"][junk["image_places"] < 0] = torch.nan
+    junk["tokens"][~junk["text_mask"]] = variant.rules.image_id
+    assert junk["window_times"].isnan().any()
+    assert junk["images"].isnan().any()
+    expected, found = loss(episodes), loss(junk)
+    assert all(expected[name] != 0 for name in ("loss_text", "loss_image", "loss_velocity", "loss_kl"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(gradient(small_bagel, [junk], loss), gradient(small_bagel, [episodes], loss))
 
 
 @pytest.mark.parametrize("name", ["reflect", "edit", "dialogue"])
