@@ -15,7 +15,7 @@ from agents.config import AlgorithmSettings, load_config
 from agents.evaluation import evaluate
 from agents.flow import Window
 from agents.logs import read_metrics
-from agents.loss import UniGRPOLoss
+from agents.loss import UniGRPOLoss, replay
 from agents.objectives import group_advantage
 from agents.run import run
 from agents.trainer import Trainer
@@ -94,6 +94,28 @@ def test_every_segment_is_read_once(small_bagel):
         decision = actor.act(observation)
         observation, *_ = env.step(decision.env_action, decision.active)
     assert read == {"text": int(observation["num_tokens"][0]) - 2, "images": 2}, "two placeholders are pictures, not words"
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_training_reads_every_segment_once(small_bagel, name):
+    """Each token and each picture of an episode, and the prompt and its source once a group; rows that stopped early read no more."""
+    variant, episodes = collect_ragged(small_bagel) if name == "reflect" else collect(small_bagel, name)
+    sources, kind, words, pictures = variant.rules.source_images, type(small_bagel), [], []
+
+    def read_text(context, ids, mask=None, **kwargs):
+        words.extend(ids[mask].tolist())
+        return kind.read_text(small_bagel, context, ids, mask, **kwargs)
+
+    def read_image(context, latent, **kwargs):
+        pictures.extend(latent)
+        return kind.read_image(small_bagel, context, latent, **kwargs)
+
+    small_bagel.read_text, small_bagel.read_image = read_text, read_image
+    replay(small_bagel, episodes, ready(episodes, variant, small_bagel).legal_tokens)
+    said = [token for row in episodes for token in row["tokens"][row["text_mask"]].tolist()]
+    prompts = [token for row in episodes[::4] for token in row["prompt_tokens"][sources : row["prompt_length"]].tolist()]
+    assert sorted(words) == sorted([*prompts, *(token for token in said if token != variant.rules.image_id)])
+    assert len(pictures) == 2 * sources + said.count(variant.rules.image_id)
 
 
 def test_a_group_reads_its_prompt_and_its_source_once(small_bagel):
