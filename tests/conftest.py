@@ -1,6 +1,7 @@
 """Small things that many tests share."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from agents.models import Bagel, BagelConfig
 from agents.models.vision import VisionConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture
