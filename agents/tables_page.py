@@ -27,7 +27,7 @@ from unigrpo_env.shapes_world import PROMPT_KINDS
 
 Results = dict[str, list[dict[str, Any]]]
 TITLES = {row.key: row.title for row in ROWS}
-PAID = (("unigrpo", "process_reward"), ("edit_terminal", "edit"))
+PAID = (("unigrpo", "process_reward"), ("edit", "edit_process"))
 """Rows that differ in one thing: whether a thought is paid for itself."""
 MEANINGS = {
     "accuracy": "share of held-out prompts whose picture meets every requirement, words sampled at temperature 1",
