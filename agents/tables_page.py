@@ -102,7 +102,7 @@ def _set_up(plan: Plan) -> str:
         f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons), {plan.prompts} held-out prompts. "
         f"Rows without thinking start from weights that were taught to draw without a thought, in {lessons} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
-        "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row was swept. One picture an episode unless it says more, ten denoising steps. "
+        "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row of one picture was swept. One picture an episode unless it says more, ten denoising steps. "
         f"± is half the range over seeds; the standard error of one accuracy is at most {0.5 / plan.prompts**0.5:.2f}."
     )
 
@@ -210,7 +210,8 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
     parts = [line + [""] * (2 + seeds - len(line)) for line in parts]
     return [
         "## Several pictures",
-        "Each scenario by its own verifier, from the shipped weights to the last ones; a story has three pictures, and so trains for fewer iterations. "
+        "Each scenario by its own verifier, from the shipped weights to the last ones; a story has three pictures, and so trains for fewer iterations; "
+        "Edit's learning rate of words was tried out, the others' were not. "
         "What the parts of a reward mean stands in variants.md.",
         table(["scenario", "seed", "sampled words", "greedy words", "training"], cells),
         table(["scenario", "part, sampled words", *(f"seed {seed}" for seed in range(seeds))], parts),
