@@ -17,6 +17,13 @@ from rewards import UnscoredError
 Parser = argparse.ArgumentParser
 
 
+def _positive(text: str) -> int:
+    number = int(text) if text.lstrip("-").isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return number
+
+
 def _settings_help() -> str:
     from agents.config import Config, settings
 
@@ -60,7 +67,7 @@ def _parser() -> Parser:
     train.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, bit for bit")
     test = command("evaluate", "Held-out accuracy of a model, sampled and greedy.", with_settings=True)
     test.add_argument(
-        "--best-of", type=int, default=1, metavar="K", help="the best of K sampled episodes a prompt, by the reward itself [1]"
+        "--best-of", type=_positive, default=1, metavar="K", help="the best of K sampled episodes a prompt, by the reward itself [1]"
     )
     test.add_argument("--out", help="write the figures to this JSON file")
     _sample_options(command("sample", "Let a model think about a prompt and draw it."))
@@ -131,10 +138,10 @@ def _sample_options(parser: Parser) -> None:
     parser.add_argument(
         "--turn", action="append", default=[], metavar="TEXT", help="what the user says after a picture, in variants where they speak"
     )
-    parser.add_argument("--steps", type=int, help="denoising steps; the variant's own if left out")
+    parser.add_argument("--steps", type=_positive, help="denoising steps; the variant's own if left out")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the words; 0 for greedy [1.0]")
     parser.add_argument("--seed", type=int, default=0, help="of words and picture [0]")
-    parser.add_argument("--count", type=int, default=1, help="episodes, from this seed on [1]")
+    parser.add_argument("--count", type=_positive, default=1, help="episodes, from this seed on [1]")
     parser.add_argument("--out", default="outputs/sample.png", help="where the picture goes [outputs/sample.png]")
 
 
@@ -183,7 +190,7 @@ def _pretrain_options(parser: Parser) -> None:
         else:
             own = "/".join(dict.fromkeys(str(getattr(course.settings, entry.name)) for course in COURSES.values()))
             parser.add_argument(flag, type=type(entry.default), help=f"{entry.metadata['help']} [{own}]")
-    parser.add_argument("--prompts", type=int, default=256, help="held out, on which each scenario is measured at the end [256]")
+    parser.add_argument("--prompts", type=_positive, default=256, help="held out, on which each scenario is measured at the end [256]")
     parser.add_argument("--model", help="go on from this model instead of from nothing")
     parser.add_argument("--out", default="outputs/pretrained", help="folder of the new weights [outputs/pretrained]")
 
@@ -242,7 +249,7 @@ def _tables_options(parser: Parser) -> None:
     parser.add_argument("--quick", action="store_true", help="a breath of every row, to see that they run")
     parser.add_argument("--extras", action="store_true", help="also the studies of kernels, windows and text, which the paper has not")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these rows alone")
-    parser.add_argument("--workers", type=int, help="runs at a time, one thread each; as many as cores if left out")
+    parser.add_argument("--workers", type=_positive, help="runs at a time, one thread each; as many as cores if left out")
     parser.add_argument("--page-only", action="store_true", help="write the page of what is there already")
 
 

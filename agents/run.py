@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -31,6 +32,11 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
     return Run(trainer, console or Console()).go()
 
 
+def _clocks() -> np.ndarray:
+    """Seconds of the wall and of the processors, all threads' together."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Run:
     """One training run and its folder. A run that was resumed goes on with the files of its first part."""
 
@@ -44,7 +50,7 @@ class Run:
         fresh = trainer.iteration == 0
         self.before = self._measure_before() if fresh else self._read_before()
         self.curve = ([] if fresh else self._read_curve()) or [(0, self.before["sampled"].accuracy)]
-        self.paused = 0.0
+        self.paused = np.zeros(2)
 
     def go(self) -> dict[str, Any]:
         """Train, evaluate, report."""
@@ -59,9 +65,9 @@ class Run:
         try:
             with Display(self.total, trainer.iteration, self.console) as self.display:
                 self.display.show_accuracy(accuracy_before=self.before["sampled"].accuracy)
-                began = time.perf_counter()
+                began = _clocks()
                 trainer.train(self._after_iteration)
-                seconds = time.perf_counter() - began - self.paused
+                seconds = _clocks() - began - self.paused
             trainer.save()
             after = self._evaluate()
         finally:
@@ -78,7 +84,7 @@ class Run:
 
     def _after_iteration(self, metrics: dict[str, float]) -> None:
         """Write and show; now and then measure, draw, save. The time that this takes is not training's."""
-        iteration, began = self.trainer.iteration, time.perf_counter()
+        iteration, began = self.trainer.iteration, _clocks()
 
         def due(every: int) -> bool:
             return bool(every) and iteration % every == 0
@@ -94,7 +100,7 @@ class Run:
             self._draw_samples()
         if due(self.output.checkpoint_every):
             self.trainer.save()
-        self.paused += time.perf_counter() - began
+        self.paused += _clocks() - began
 
     def _evaluate(self) -> dict[str, Evaluation]:
         with self.console.status("evaluating on held-out prompts"):
@@ -141,14 +147,15 @@ class Run:
         sheet.save(self.folder / "samples" / f"{trainer.iteration:06d}.png")
         self.log.picture(trainer.iteration, "samples", sheet)
 
-    def _summary(self, after: dict[str, Evaluation], seconds: float) -> dict[str, Any]:
+    def _summary(self, after: dict[str, Evaluation], seconds: np.ndarray) -> dict[str, Any]:
         before, settings = self.before, self.trainer.config
         return {
             "accuracy_before": before["sampled"].accuracy,
             "accuracy_after": after["sampled"].accuracy,
             "greedy_accuracy_before": before["greedy"].accuracy,
             "greedy_accuracy_after": after["greedy"].accuracy,
-            "seconds_training": round(seconds, 1),
+            "seconds_training": round(float(seconds[0]), 1),
+            "cpu_seconds_training": round(float(seconds[1]), 1),
             "iterations": self.total,
             "episodes": self.total * self.trainer.env.num_envs,
             "held_out_prompts": len(after["sampled"].prompts),
@@ -171,5 +178,8 @@ class Run:
         for name, value in summary["components_after"].items():
             if value != summary["accuracy_after"]:
                 line(name, f"{summary['components_before'][name]:.3f} → {value:.3f}")
-        line("training", f"{summary['seconds_training']:.0f} s, {summary['episodes']} episodes")
+        line(
+            "training",
+            f"{summary['seconds_training']:.0f} s ({summary['cpu_seconds_training']:.0f} s of CPU), {summary['episodes']} episodes",
+        )
         line("report", str(self.folder / REPORT))

@@ -99,6 +99,12 @@ def test_pretrain(tmp_path, capsys):
     assert (tmp_path / "new" / "model.safetensors").is_file()
 
 
+def test_a_count_of_nothing_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "a red circle", "--count", "0"])
+    assert "--count: expected a whole number of at least 1, got 0" in capsys.readouterr().err
+
+
 def test_list_and_help(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out

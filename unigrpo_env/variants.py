@@ -130,7 +130,8 @@ def story(*, pictures: int = 3, **rules: Any) -> Variant:
 @register_variant("dialogue")
 def dialogue(*, task: Task | None = None, **rules: Any) -> Variant:
     """Draw what the user asks for, hear what they want changed, and draw again."""
-    return shapes_variant(task or DialogueTask(), reward="dialogue", rounds=True, image_budget=2, turn_budget=10, **rules)
+    rules = {"image_budget": 2, "turn_budget": 10} | rules
+    return shapes_variant(task or DialogueTask(), reward="dialogue", rounds=True, **rules)
 
 
 @register_variant("toy")

@@ -1,13 +1,14 @@
 """Speed, one JSON line a figure.
 
-    python tests/benchmarks/bench.py [--pairs 8] [--only a]
+    python tests/benchmarks/bench.py [--pairs 20] [--only a]
 
 (a) collecting through the env against a bare loop of the same model calls; (b) a whole iteration against that loop with a hand-written update;
 (c) the share of an iteration inside the model's forward and backward; (d) bytes kept a trajectory against what training must have;
 (e) cost against episodes, denoising steps and thought length; (f) time and memory of a rollout and of a training pass when the pictures of an episode
 double, beside what the arithmetic says: the linear cost of what a round adds, plus attention to all that stands.
 
-A ratio is of the least times of interleaved pairs; `a_a` beside it is the same measurement of the first loop against itself.
+The loops run in turn (one, other, one again). A ratio is the median over such rounds of the mean of `one`'s two times over `other`'s between them, so
+that a machine that slows down for a while slows both; `a_a` is the median of `one` over `one` again: how far from 1 chance alone leads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,18 +46,14 @@ def timed(function: Callable[[], object]) -> float:
 
 
 def ratio(one: Callable[[], object], other: Callable[[], object], pairs: int) -> dict[str, float]:
-    """Least time of `one` over least time of `other`, and of `one` over itself, all interleaved."""
+    """Time of `one` over the time of `other`, and of `one` over itself: medians over neighbours in time."""
     one(), other()
-    times: tuple[list[float], list[float], list[float]] = ([], [], [])
-    for _ in range(pairs):
-        for place, function in enumerate((one, other, one)):
-            times[place].append(timed(function))
-    first, second, again = map(min, times)
+    turns = [tuple(map(timed, (one, other, one))) for _ in range(pairs)]
     return {
-        "ratio": round(first / second, 4),
-        "a_a": round(first / again, 4),
-        "seconds": round(first, 4),
-        "bare_seconds": round(second, 4),
+        "ratio": round(median((first + again) / 2 / between for first, between, again in turns), 4),
+        "a_a": round(median(first / again for first, _, again in turns), 4),
+        "seconds": round(median(first for first, _, _ in turns), 4),
+        "bare_seconds": round(median(between for _, between, _ in turns), 4),
     }
 
 
@@ -323,7 +321,7 @@ class Patient(Actor):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--only", default="abcdef", help="letters of the figures to take")
     args = parser.parse_args()
     trainer, seed = make_trainer(), derived_seed(0, 0)

@@ -139,8 +139,7 @@ def test_a_user_with_no_more_to_say_ends_the_episode():
 
 def test_users_say_as_much_as_each_has_to_say():
     """Rows side by side whose users have none, one and two turns."""
-    variant = make_variant("dialogue", text_budget=1, image_steps=1, reward="extra_pictures")
-    variant = dataclasses.replace(variant, rules=dataclasses.replace(variant.rules, image_budget=3))
+    variant = make_variant("dialogue", image_budget=3, text_budget=1, image_steps=1, reward="extra_pictures")
     env = InterleavedGenVectorEnv(variant, 3)
     turns = [(), ("make the circle blue",), ("make the circle blue", "remove the circle")]
     observation, _ = env.reset(seed=0, options={"prompts": [Prompt("a red circle", turns=said) for said in turns]})
