@@ -95,7 +95,7 @@ class Actor:
     distribution. Rows whose thought is finished wait until all active rows do: every call runs one phase.
 
     Args:
-        model: the four verbs.
+        model: see `agents.models.seam.UnifiedModel`.
         temperature: of the tokens; 0 takes the likeliest.
         window: where image steps are stochastic; None for the ODE throughout.
         noise_level: a of the kernel, inside the window.

@@ -143,7 +143,7 @@ class TrainerSettings:
     max_collects: int = setting(4, "with replace: collections an iteration, at most")
     micro_batches: int = setting(1, "parts in which an update's gradient is summed up; changes memory, not the update")
     seed: int = setting(0, "everything random is drawn from it")
-    max_unscored: float = setting(0.25, "share of episodes without a score at which the run stops")
+    max_unscored: float = setting(0.25, "share of episodes without a score above which the run stops")
     threads: int = setting(0, "CPU threads for torch; 0 leaves torch's choice")
 
 

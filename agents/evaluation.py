@@ -15,7 +15,7 @@ from agents.collector import play
 from agents.guidance import Guidance
 from agents.models.seam import UnifiedModel
 from unigrpo_env.episodes import Variant
-from unigrpo_env.tasks import Prompt
+from unigrpo_env.tasks import Prompt, join_rounds
 from unigrpo_env.vector import InterleavedGenVectorEnv
 
 
@@ -40,7 +40,7 @@ class Evaluation:
     @property
     def texts(self) -> list[str]:
         """All that it wrote, an episode."""
-        return [" ".join(filter(None, said)) for said in self.rounds]
+        return [join_rounds(said) for said in self.rounds]
 
     @property
     def images(self) -> Tensor:
@@ -80,7 +80,7 @@ def evaluate(
     """Play one episode a prompt, prompt i from `seed + i`.
 
     Args:
-        model: the four verbs.
+        model: see `agents.models.seam.UnifiedModel`.
         variant: the scenario; its reward is the measure.
         prompts: what to ask for.
         temperature: of the tokens; 0 for greedy text.
@@ -89,6 +89,9 @@ def evaluate(
         guidance: classifier-free guidance; none if left out.
         batch_size: episodes at a time; changes no result beyond rounding.
         device: where the env lives.
+
+    Raises:
+        ValueError: no prompts, or one that the variant does not take.
     """
     if not prompts:
         raise ValueError("expected at least one prompt to evaluate on, got none")

@@ -61,7 +61,7 @@ def replay(
     """Read recorded episodes once, teacher-forced: all tokens' log-probabilities and all stochastic steps' velocities from one context.
 
     Args:
-        model: the four verbs.
+        model: see `agents.models.seam.UnifiedModel`.
         episodes: N trajectories.
         legal_tokens: `[2, V]` bool, as in the rollout: before the first picture, and after one.
         temperature: as in the rollout.

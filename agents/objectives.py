@@ -1,6 +1,6 @@
 """The objectives of UniGRPO (arXiv 2603.23500) and of the methods it is compared with, as pure functions. Equation numbers are the paper's.
 
-Each returns one value an episode; how episodes are weighted is the caller's business. "Loss" is what is minimised.
+A loss is what is minimised, one value an episode; how episodes are weighted is the caller's business.
 """
 
 from __future__ import annotations

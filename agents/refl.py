@@ -16,7 +16,7 @@ class LatentScore:
     Args:
         variant: its decoder, and its reward if none is named.
         reward: a registered name or a sum of them; empty for the variant's.
-        max_unscored: share of pictures without a score at which it stops.
+        max_unscored: share of pictures without a score above which it stops.
 
     Attributes:
         prompts: of each group, by its id; set them before a batch of episodes is scored.

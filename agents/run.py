@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -32,11 +30,6 @@ def run(trainer: Trainer, console: Console | None = None) -> dict[str, Any]:
     return Run(trainer, console or Console()).go()
 
 
-def _clocks() -> np.ndarray:
-    """Seconds of the wall and of the processors, all threads' together."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
 class Run:
     """One training run and its folder. A run that was resumed goes on with the files of its first part."""
 
@@ -50,7 +43,6 @@ class Run:
         fresh = trainer.iteration == 0
         self.before = self._measure_before() if fresh else self._read_before()
         self.curve = ([] if fresh else self._read_curve()) or [(0, self.before["sampled"].accuracy)]
-        self.paused = np.zeros(2)
 
     def go(self) -> dict[str, Any]:
         """Train, evaluate, report."""
@@ -65,15 +57,13 @@ class Run:
         try:
             with Display(self.total, trainer.iteration, self.console) as self.display:
                 self.display.show_accuracy(accuracy_before=self.before["sampled"].accuracy)
-                began = _clocks()
                 trainer.train(self._after_iteration)
-                seconds = _clocks() - began - self.paused
             trainer.save()
             after = self._evaluate()
         finally:
             self.log.close()
         self._mark(self.total, after["sampled"].accuracy)
-        summary = self._summary(after, seconds)
+        summary = self._summary(after)
         write_json(summary, self.folder / SUMMARY)
         write_report(
             self.folder / REPORT, summary, read_metrics(self.folder), self.curve, self.before["sampled"], after["sampled"], output.samples
@@ -83,8 +73,8 @@ class Run:
         return summary
 
     def _after_iteration(self, metrics: dict[str, float]) -> None:
-        """Write and show; now and then measure, draw, save. The time that this takes is not training's."""
-        iteration, began = self.trainer.iteration, _clocks()
+        """Write and show; now and then measure, draw, save."""
+        iteration = self.trainer.iteration
 
         def due(every: int) -> bool:
             return bool(every) and iteration % every == 0
@@ -100,7 +90,6 @@ class Run:
             self._draw_samples()
         if due(self.output.checkpoint_every):
             self.trainer.save()
-        self.paused += _clocks() - began
 
     def _evaluate(self) -> dict[str, Evaluation]:
         with self.console.status("evaluating on held-out prompts"):
@@ -135,7 +124,7 @@ class Run:
         return [(iteration, accuracy) for iteration, accuracy in known if iteration <= self.trainer.iteration]
 
     def _mark(self, iteration: int, accuracy: float) -> None:
-        self.curve.append((iteration, accuracy))
+        self.curve = [*(mark for mark in self.curve if mark[0] != iteration), (iteration, accuracy)]
         write_json(self.curve, self.folder / CURVE)
 
     def _draw_samples(self) -> None:
@@ -147,15 +136,15 @@ class Run:
         sheet.save(self.folder / "samples" / f"{trainer.iteration:06d}.png")
         self.log.picture(trainer.iteration, "samples", sheet)
 
-    def _summary(self, after: dict[str, Evaluation], seconds: np.ndarray) -> dict[str, Any]:
-        before, settings = self.before, self.trainer.config
+    def _summary(self, after: dict[str, Evaluation]) -> dict[str, Any]:
+        before, settings, rows = self.before, self.trainer.config, read_metrics(self.folder)
         return {
             "accuracy_before": before["sampled"].accuracy,
             "accuracy_after": after["sampled"].accuracy,
             "greedy_accuracy_before": before["greedy"].accuracy,
             "greedy_accuracy_after": after["greedy"].accuracy,
-            "seconds_training": round(float(seconds[0]), 1),
-            "cpu_seconds_training": round(float(seconds[1]), 1),
+            "seconds_training": round(sum(row["seconds"] for row in rows), 1),
+            "cpu_seconds_training": round(sum(row["cpu_seconds"] for row in rows), 1),
             "iterations": self.total,
             "episodes": self.total * self.trainer.env.num_envs,
             "held_out_prompts": len(after["sampled"].prompts),

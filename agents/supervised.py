@@ -83,7 +83,7 @@ def supervised_losses(
     One walk along the lessons, as the env would lay out their episodes: words, the noisy picture that they open, the picture, and on.
 
     Args:
-        model: the four verbs.
+        model: see `agents.models.seam.UnifiedModel`.
         variant: its tokenizer, its system prompt, how it encodes sources.
         lessons: N episodes, of whatever scenarios that share these.
         latents, noise: `[P, L, C]`, of the P pictures of all lessons, lesson by lesson; x_t = (1 - t) latents + t noise, and the velocity to learn is
@@ -117,8 +117,9 @@ def supervised_losses(
             # What the model says begins after the <bos> of its own segment.
             begin = torch.tensor([len(heard) + 1 for heard in user], device=device)[:, None]
             chosen = mask & (torch.arange(ids.shape[1], device=device) >= begin)
-            logits.append(found[:, :-1].flatten(0, 1))
-            targets.append(ids.masked_fill(~chosen, -100)[:, 1:].flatten())
+            if chosen.any():
+                logits.append(found[:, :-1].flatten(0, 1))
+                targets.append(ids.masked_fill(~chosen, -100)[:, 1:].flatten())
         draws = number < counts[rows]
         if draws.any():
             at = (first[rows] + number)[draws].to(device)
@@ -202,7 +203,7 @@ def train_supervised(
     """Train `model` on tasks that teach, in place.
 
     Args:
-        model: the four verbs.
+        model: see `agents.models.seam.UnifiedModel`.
         scenarios: variants whose tasks are `Teacher`s, each with its share of an update's examples. They stand in one batch, so they must share tokenizer
             and latents; the first one's are used.
         settings: the recipe.

@@ -29,13 +29,15 @@ from agents.logs import read_metrics
 from agents.models import TINY, load_model
 from agents.models.files import WEIGHTS, write_json, write_tensors
 from agents.run import CURVE, SUMMARY, run
-from agents.supervised import SupervisedSettings, train_supervised
+from agents.supervised import COURSES, SupervisedSettings, train_supervised
 from agents.trainer import Trainer, build_guidance, build_variant
 from unigrpo_env.shapes_world import FOREIGN_KINDS, PROMPT_KINDS, ShapesTask
 
 MEASURES, STRIP, DIVERGED, RECIPE = "measures.json", "strip.safetensors", "diverged.json", "recipe.json"
 PROXY = ("env.reward=soft_shapes", "evaluation.reward=shapes", "optimizer.image_lr=3e-4", "optimizer.decay=1.0", "evaluation.every=10")
 """The reward-hacking study: train on the proxy at a learning rate that does not fall, measure with the verifier."""
+UNSEEN_LESSON = max(course.first_lesson + course.settings.steps for course in COURSES.values())
+"""The first number of a batch of lessons that the shipped weights were not taught with."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Plan:
     """How much of it: sizes that make it two hours, or two minutes.
 
     Attributes:
-        iterations: of every run.
+        iterations: of a run whose config has 120; of others in proportion.
         prompts: held out, for each measure.
         overrides: for every run.
         max_seeds: at most so many of a row's seeds.
@@ -195,8 +197,8 @@ class Job:
         settings = self.config.to_dict()
         del settings["output"]["folder"], settings["model"]["name"]
         start = self.base.recipe if self.base else hashlib.sha256((TINY / WEIGHTS).read_bytes()).hexdigest()
-        lessons = asdict(SupervisedSettings()) if self.row.lessons else None
-        return {"config": self.row.config, "settings": settings, "start": [self.row.start, start], "lessons": [self.row.lessons, lessons]}
+        lessons = [self.row.lessons, UNSEEN_LESSON, asdict(SupervisedSettings())] if self.row.lessons else [0, None]
+        return {"config": self.row.config, "settings": settings, "start": [self.row.start, start], "lessons": lessons}
 
     def holds(self, file: str) -> bool:
         """Whether `file` in the folder is of this very recipe."""
@@ -238,7 +240,7 @@ def play(job: Job) -> None:
     if job.row.lessons:
         steps = max(2, job.row.lessons * job.plan.iterations // 120)
         recipe = SupervisedSettings(steps=steps, silent=1.0, drills=0.0, seed=job.seed)
-        train_supervised(model, [(build_variant(config.env), 1.0)], recipe, first_lesson=SupervisedSettings.steps)
+        train_supervised(model, [(build_variant(config.env), 1.0)], recipe, first_lesson=UNSEEN_LESSON)
         model.save_pretrained(place / "model")
     if job.row.config:
         if checkpoints(place / "checkpoints"):
@@ -267,7 +269,7 @@ def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], E
     """The page's measures of a model, and its sampled answers.
 
     `accuracy`: strict, sampled text; `greedy`: greedy text; `graded`: share of requirements met; `thought`: share of thoughts whose layout is right;
-    `lucky`: among right pictures, the share whose thought was wrong; `crispness`: see `rewards.shapes`; `foreign`: strict, on kinds of prompt that training has none of; `guided`: strict, at guidance 2;
+    `lucky`: share of episodes whose picture is right after a thought that is not; `crispness`: see `rewards.shapes`; `foreign`: strict, on kinds of prompt that training has none of; `guided`: strict, at guidance 2;
     `by_kind`: strict, for each kind.
     """
     variant = build_variant(config.env, reward="shapes + 0 * shapes_thought + 0 * crispness")
@@ -275,13 +277,14 @@ def measure(model: Any, config: Config, prompts: int) -> tuple[dict[str, Any], E
     foreign = ShapesTask(FOREIGN_KINDS).prompts("test", prompts, config.evaluation.seed)
     sampled = evaluate(model, variant, held_out)
     parts = sampled.means
-    right = sampled.components["shapes"] == 1
     return {
         "accuracy": sampled.accuracy,
         "greedy": evaluate(model, variant, held_out, temperature=0.0).accuracy,
         "graded": parts["shapes/score"],
         "thought": parts["shapes_thought"] if variant.rules.text_budget else None,
-        "lucky": float((1 - sampled.components["shapes_thought"])[right].mean()) if variant.rules.text_budget and right.any() else None,
+        "lucky": float((sampled.components["shapes"] * (1 - sampled.components["shapes_thought"])).mean())
+        if variant.rules.text_budget
+        else None,
         "crispness": parts["crispness"],
         "foreign": evaluate(model, variant, foreign).accuracy,
         "guided": evaluate(model, variant, held_out, guidance=build_guidance(config.guidance, 2.0)).accuracy,

@@ -69,7 +69,7 @@ def write_page(folder: Path, found: Results, plan: Plan) -> Path:
     studies = {study: [row for row in ROWS if row.study == study and row.key in found] for study in {row.study for row in ROWS}}
     methods = sorted(studies["table"], key=lambda row: (row.thinks, _accuracy(found, row)))
     base = [row for row in methods if row.key == "unigrpo"]
-    parts = ["# The paper's tables on a laptop", _set_up(plan), *_methods(found, methods)]
+    parts = ["# The paper's tables on a laptop", _set_up(plan), *_diverged(found), *_methods(found, methods)]
     if studies["guidance"]:
         parts += _guidance(found, base + studies["guidance"])
     if studies["penalty"]:
@@ -99,7 +99,7 @@ def _measured(found: Results, row: Row, names: Iterable[str]) -> list[str]:
 def _set_up(plan: Plan) -> str:
     lessons = next(row.lessons for row in ROWS if row.lessons) * plan.iterations // 120
     return (
-        f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons), {plan.prompts} held-out prompts. "
+        f"`unigrpo tables`: each row is a config of one trainer, {plan.iterations} iterations of {_episodes(plan)} episodes (or lessons) unless it says more, {plan.prompts} held-out prompts. "
         f"Rows without thinking start from weights that were taught to draw without a thought, in {lessons} supervised updates of 64 more; all others from the shipped ones. "
         f"Written on {platform.machine()}, {os.cpu_count()} cores, PyTorch {torch.__version__}, one thread a run, float32. "
         "The learning rates, batch and clip ranges are those of the config (the proxy study: see there); no row of one picture was swept. One picture an episode unless it says more, ten denoising steps. "
@@ -111,7 +111,6 @@ def _methods(found: Results, rows: Sequence[Row]) -> list[str]:
     kinds = [
         [row.title, *(spread([run["measures"]["by_kind"].get(kind) for run in found[row.key]]) for kind in PROMPT_KINDS)] for row in rows
     ]
-    diverged = [(row, run["diverged"]) for row in rows for run in found[row.key] if run.get("diverged")]
     return [
         "## Methods",
         "Beside the paper's figures (TA and GenEval, on BAGEL at 1024 x 1024): what carries over is the order, not the numbers.",
@@ -120,12 +119,20 @@ def _methods(found: Results, rows: Sequence[Row]) -> list[str]:
             [[row.title, str(len(found[row.key])), *_measured(found, row, MEANINGS), *_paper(row)] for row in rows],
         ),
         "\n".join(f"* *{name}*: {meaning}." for name, meaning in MEANINGS.items()),
-        *[f"{row.title} diverged after {end['iteration']} iterations: its row shows the weights it had then." for row, end in diverged],
         *_order(found),
         "![Held-out accuracy over iterations](tables_curves.png)",
         "![The same prompts and seeds by method](tables_strips.png)",
         "## By kind of prompt",
         table(["method", *PROMPT_KINDS], kinds),
+    ]
+
+
+def _diverged(found: Results) -> list[str]:
+    runs = [(TITLES[key], seed, run["diverged"]) for key, runs in found.items() for seed, run in enumerate(runs)]
+    return [
+        f"{title}, seed {seed}, diverged after {end['iteration']} iterations: what is shown of it is of the weights it had then."
+        for title, seed, end in runs
+        if end
     ]
 
 
@@ -163,7 +170,7 @@ def _process(found: Results, pairs: Sequence[tuple[str, str]]) -> list[str]:
 
     parts = [
         "## A reward for the thought",
-        "Paid before the picture is drawn, and learnt from by the thought alone (`algorithm.credit=onward`), or not. *lucky*: among right pictures, the share whose thought was wrong.",
+        "Paid before the picture is drawn, and learnt from by the thought alone (`algorithm.credit=onward`), or not. *lucky*: the share of episodes whose picture is right after a thought that is not.",
         "![Held-out accuracy with and without a reward for the thought](tables_process.png)",
     ]
     for pair in pairs:
@@ -173,20 +180,21 @@ def _process(found: Results, pairs: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _thoughts(measures: dict[str, Any]) -> dict[str, float | None]:
-    """`greedy`, `thought` and `lucky` of a scenario of one picture, or of edits, whose `lucky` is a share of all episodes."""
+    """`greedy`, `thought` and `lucky` of a scenario of one picture, or of edits."""
     if "parts" not in measures:
         return measures
-    accuracy, parts = measures["accuracy"], measures["parts"]
-    return {
-        "greedy": measures["greedy"],
-        "thought": parts["edit/thought"],
-        "lucky": parts["edit/lucky"] / accuracy if accuracy else None,
-    }
+    return {"greedy": measures["greedy"], "thought": measures["parts"]["edit/thought"], "lucky": measures["parts"]["edit/lucky"]}
 
 
 def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
     def change(run: dict[str, Any], before: str, after: str) -> str:
-        return f"{run['measures']['before'][before]:.3f} → {run['measures'][after]:.3f}"
+        def find(name: str) -> float:
+            values = run["measures"]
+            for part in name.split("."):
+                values = values[part]
+            return values
+
+        return "" if run["diverged"] else f"{find('before.' + before):.3f} → {find(after):.3f}"
 
     cells = [
         [
@@ -194,17 +202,20 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
             str(seed),
             change(run, "accuracy", "accuracy"),
             change(run, "greedy_accuracy", "greedy"),
-            f"{len(read_metrics(Path(run['folder'])))} iterations, {_seconds(run):.0f} s",
+            f"{len(read_metrics(Path(run['folder'])))} iterations{_seconds(run)}",
         ]
         for row in rows
         for seed, run in enumerate(found[row.key])
     ]
     parts = [
-        [row.title, name.split("/")[-1], *(f"{run['measures']['before']['components'][name]:.3f} → {value:.3f}" for run, value in runs)]
+        [
+            row.title,
+            name.split("/")[-1],
+            *(change(run, f"components.{name}", f"parts.{name}") for run in found[row.key]),
+        ]
         for row in rows
         for name in found[row.key][0]["measures"]["parts"]
         if "/" in name  # the rest is the accuracy itself
-        if (runs := [(run, run["measures"]["parts"][name]) for run in found[row.key]])
     ]
     seeds = max(len(found[row.key]) for row in rows)
     parts = [line + [""] * (2 + seeds - len(line)) for line in parts]
@@ -257,8 +268,9 @@ def _order(found: Results) -> list[str]:
     return ["Ranges of accuracy over seeds:", "\n".join(lines)] if lines else []
 
 
-def _seconds(run: dict[str, Any]) -> float:
-    return json.loads((Path(run["folder"]) / SUMMARY).read_text())["seconds_training"]
+def _seconds(run: dict[str, Any]) -> str:
+    path = Path(run["folder"]) / SUMMARY
+    return f", {json.loads(path.read_text())['seconds_training']:.0f} s" if path.is_file() else ""
 
 
 def _ends(run: dict[str, Any]) -> tuple[float, float]:

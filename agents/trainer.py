@@ -59,8 +59,13 @@ METRICS = {
     "text_grad_norm": "gradient norm of the text expert before clipping",
     "image_grad_norm": "gradient norm of the image expert before clipping",
     "episodes_per_second": "episodes collected and learnt from, a second",
+    "seconds": "of the clock, for the iteration",
+    "cpu_seconds": "of all processors together",
 }
 """What each number of an iteration means."""
+
+CLOCKED = ("episodes_per_second", "seconds", "cpu_seconds")
+"""Those of `METRICS` that no seed fixes."""
 
 
 def build_variant(settings: EnvSettings, reward: str = "") -> Variant:
@@ -155,11 +160,12 @@ class Trainer:
         Raises:
             UnscoredError: more than the allowed share of episodes had no score.
         """
-        began, trainer = time.perf_counter(), self.config.trainer
-        seed = derived_seed(trainer.seed, self.iteration)
+        began, cpu_began = time.perf_counter(), time.process_time()
+        seed = derived_seed(self.config.trainer.seed, self.iteration)
         metrics = self._learn_lessons(seed) if self.config.algorithm.method == "sft" else self._learn_episodes(seed)
         self.iteration += 1
-        metrics["episodes_per_second"] = self.env.num_envs / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        metrics |= {"seconds": seconds, "cpu_seconds": time.process_time() - cpu_began, "episodes_per_second": self.env.num_envs / seconds}
         return {name: metrics.get(name, math.nan) for name in METRICS}
 
     def _learn_episodes(self, seed: int) -> dict[str, float]:

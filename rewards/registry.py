@@ -86,10 +86,9 @@ class EpisodeBatch:
         texts: what the model wrote.
         images: the last finished picture of each, `[N, 3, height, width]` float32 in [0, 1]; black before the first.
         metadata: what the task knows of each prompt and the model was not told.
-        pictures: all that each episode drew, in order, `[drawn, 3, height, width]` float32; where no pictures are read (one picture, no sources) this and the
-            next two are empty lists, not N entries.
-        rounds: the words before each of them, and after the last; likewise.
-        sources: pictures that came with each prompt, `[sources, 3, height, width]`; likewise.
+        pictures: all that each episode drew, in order, `[drawn, 3, height, width]` float32; if left out, `images`, one each.
+        rounds: the words before each of them, and after the last; if left out, `texts`, one each.
+        sources: pictures that came with each prompt, `[sources, 3, height, width]`; if left out, none.
     """
 
     prompts: list[str]
@@ -99,6 +98,14 @@ class EpisodeBatch:
     pictures: list[Tensor] = field(default_factory=list)
     rounds: list[list[str]] = field(default_factory=list)
     sources: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.pictures:
+            self.pictures.extend(self.images.split(1))
+        if not self.rounds:
+            self.rounds.extend([text] for text in self.texts)
+        if not self.sources:
+            self.sources.extend([self.images[:0]] * len(self))
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -136,4 +136,4 @@ def reflect(episodes: EpisodeBatch) -> dict[str, Tensor]:
 
 def extra_pictures(episodes: EpisodeBatch) -> Tensor:
     """Pictures beyond the first: the price of trying again, to be taken with a small negative weight."""
-    return torch.tensor([float(max(len(pictures) - 1, 0)) for pictures in episodes.pictures] or [0.0] * len(episodes))
+    return torch.tensor([float(max(len(pictures) - 1, 0)) for pictures in episodes.pictures])

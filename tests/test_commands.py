@@ -1,6 +1,7 @@
 """The commands and the examples, as a user runs them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,14 +41,39 @@ def test_loop_without_the_trainer():
     assert "after" in out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/variants.md"])
-def test_the_pages_run(page):
-    """Every Python block of a page, in one process."""
+def python_of(page):
+    """Every Python block of a page."""
     blocks = (ROOT / page).read_text().split("```python\n")[1:]
     assert blocks
-    code = "\n".join(block.split("```")[0] for block in blocks)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    return "\n".join(block.split("```")[0] for block in blocks)
+
+
+def test_the_first_page_runs():
+    done = subprocess.run(
+        [sys.executable, "-c", python_of("README.md")], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_scenario_of_ones_own(tmp_path):
+    """The tutorial, as its text says: a file, which pytest, gymnasium and the command line know."""
+    code = python_of("docs/variants.md")
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "repaint.py").write_text(code)
+    make = "import repaint, gymnasium, unigrpo_env; gymnasium.make('unigrpo/TextToImage-v0', variant='repaint').reset(seed=0)"
+    evaluate = ["agents.cli", "evaluate", "--import", "repaint", "env.variant=repaint", "evaluation.prompts=4", "trainer.threads=1"]
+    for arguments in (["-m", "pytest", "-q", "repaint.py"], ["-c", make], ["-m", *evaluate]):
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert arguments[1] != "pytest" or "passed" in done.stdout
 
 
 def test_sample(tmp_path, capsys):

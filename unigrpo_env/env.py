@@ -11,7 +11,7 @@ import torch
 from gymnasium.spaces import Dict, Discrete
 
 from unigrpo_env.episodes import Episodes, Variant
-from unigrpo_env.rendering import render_frame
+from unigrpo_env.rendering import check_render_mode, render_frame
 from unigrpo_env.tasks import Prompt
 from unigrpo_env.variants import make_variant
 
@@ -78,9 +78,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     def __init__(
         self, variant: str | Variant = "text_to_image", *, reward: Any = None, render_mode: str | None = None, **arguments: Any
     ) -> None:
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"expected render_mode 'rgb_array' or None, got {render_mode!r}")
-        self.render_mode = render_mode
+        self.render_mode = check_render_mode(render_mode)
         self.episodes = Episodes(make_variant(variant, reward=reward, **arguments), rows=1)
         self.observation_space: Dict = self.episodes.observation_space()
         self.action_space = self.episodes.action_space()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rewards import EpisodeBatch, Reward, WeightedReward
 from unigrpo_env.mdp import EpisodeState, Phase, Rules, check_action, transition, whose_turn
-from unigrpo_env.tasks import Prompt, Task
+from unigrpo_env.tasks import Prompt, Task, batch_of, join_rounds
 
 
 class Tokenizer(Protocol):
@@ -220,13 +220,13 @@ class Episodes:
             drawn = (state.images_drawn > drawn_before).nonzero()[:, 0]
             for name, rows in (("thought_reward", opened.cpu()), ("round_reward", drawn.cpu())):
                 if name in self.on_the_way and len(rows):
-                    paid[name] = nothing.index_put((rows,), self.on_the_way[name](self.so_far(rows.tolist())).reward)
+                    paid[name] = nothing.index_put((rows,), self.on_the_way[name](self.batch(rows.tolist())).reward)
         if len(ended):
             has_image = state.images_drawn.cpu()[ended] > 0
             rows = ended[has_image]
             paid["reward"] = nothing.index_put((ended[~has_image],), torch.tensor(self.variant.lowest_reward))
             if len(rows):
-                scores = self.reward(self.finished(rows.tolist()))
+                scores = self.reward(self.batch(rows.tolist()))
                 paid["reward"][rows] = scores.reward
                 unknown = torch.full_like(nothing, torch.nan)
                 components = {name: unknown.index_put((rows,), values) for name, values in scores.components.items()}
@@ -236,40 +236,20 @@ class Episodes:
             unscored[ended] = self.unscored[ended]
         return StepResult(reward, ended, unscored, components, paid)
 
-    def finished(self, rows: Sequence[int]) -> EpisodeBatch:
-        """The episodes `rows` as a reward at the end sees them."""
-        return self._batch(rows, self.variant.decode(self.state.latent[list(rows)]), bool(self.rules.stored_images))
-
-    def so_far(self, rows: Sequence[int]) -> EpisodeBatch:
-        """The episodes `rows` as a reward on the way sees them: `images` are the last finished pictures, black before the first."""
-        blank = torch.zeros_like(self.variant.decode(self.state.latent[:1]))
-        return self._batch(rows, torch.cat([drawn[-1:] if len(drawn) else blank for drawn in self.pictures(rows)]), True)
-
-    def _batch(self, rows: Sequence[int], images: Tensor, whole: bool) -> EpisodeBatch:
-        prompts, said = [cast(Prompt, self.prompts[row]) for row in rows], self.rounds(rows)
-        batch = EpisodeBatch(
-            prompts=[prompt.text for prompt in prompts],
-            texts=[" ".join(filter(None, words)) for words in said],
-            images=images,
-            metadata=[prompt.metadata for prompt in prompts],
-        )
-        if whole:
-            batch.pictures.extend(self.pictures(rows))
-            batch.rounds.extend(said)
-            batch.sources.extend(torch.stack(list(prompt.sources)) if prompt.sources else images[:0] for prompt in prompts)
-        return batch
+    def batch(self, rows: Sequence[int]) -> EpisodeBatch:
+        """The episodes `rows` as a reward sees them, as far as they have come."""
+        prompts = [cast(Prompt, self.prompts[row]) for row in rows]
+        return batch_of(prompts, self.rounds(rows), self.pictures(rows))
 
     def pictures(self, rows: Sequence[int]) -> list[Tensor]:
         """What each row has drawn and finished, in order, `[drawn, 3, height, width]`; decoded in one call."""
         state, first = self.state, self.rules.source_images
         index = torch.tensor(list(rows), device=state.phase.device)
-        put_away = (state.image_places[index, first:] >= 0).sum(1).tolist()
-        drawn = state.images_drawn[index].tolist()
-        latents = [
-            torch.cat([state.images[row, first : first + kept], state.latent[row : row + count - kept]])
-            for row, kept, count in zip(rows, put_away, drawn, strict=True)
-        ]
-        return list(self.variant.decode(torch.cat(latents)).split(drawn))
+        # Those that were put away to be read, and the last one, which was not.
+        put_away, drawn = state.image_places[index, first:] >= 0, state.images_drawn[index]
+        latents = torch.cat([state.images[index, first:], state.latent[index, None]], 1)
+        finished = torch.cat([put_away, (drawn > put_away.sum(1))[:, None]], 1)
+        return list(self.variant.decode(latents[finished]).split(drawn.tolist()))
 
     def rounds(self, rows: Sequence[int]) -> list[list[str]]:
         """What the model said before each of its pictures, and after the last if it went on; a user's words are not among it."""
@@ -292,7 +272,7 @@ class Episodes:
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """All that each row has written so far."""
-        return [" ".join(filter(None, said)) for said in self.rounds(rows)]
+        return [join_rounds(said) for said in self.rounds(rows)]
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""

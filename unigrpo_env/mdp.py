@@ -41,7 +41,7 @@ class Rules:
         image_budget: images an episode at most; the episode ends when they are drawn.
         source_images: images that come with the prompt.
         image_id: the token that stands in the token stream for an image to be read: a source, or a drawn image when the episode goes on after it.
-        next_ids: what the env says after an image (and the user's turn), before the model goes on.
+        next_ids: what the env says after an image (and the user's turn), before the model goes on writing.
         turn_budget: tokens of the user's turn after an image; 0: the user says nothing. Where they speak, the episode ends when they have no more to say.
         end_id: a token that ends the episode, if the variant wants one.
         end_before_image: whether it is legal before the first image.
@@ -83,8 +83,13 @@ class Rules:
     @property
     def max_tokens(self) -> int:
         """Length of the token buffer: prompt; for each image a thought and the token that may be forced after it; what the env says between."""
-        between = 1 + self.turn_budget + len(self.next_ids)
+        between = 1 + self.turn_budget + len(self.before_thought)
         return self.prompt_budget + self.image_budget * (self.text_budget + 1) + (self.image_budget - 1) * between
+
+    @property
+    def before_thought(self) -> tuple[int, ...]:
+        """`next_ids`, where there are thoughts."""
+        return self.next_ids if self.text_budget else ()
 
     @property
     def stored_images(self) -> int:
@@ -190,8 +195,8 @@ class EpisodeState:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.num_tokens[rows] = self.prompt_length[rows] = lengths
         self.seed[rows] = torch.tensor(seeds, dtype=torch.int64, device=device)
-        for counter in (self.sampled, self.step, self.images_drawn, self.latent, self.turn_lengths):
-            counter[rows] = 0
+        for part in (self.sampled, self.step, self.images_drawn, self.latent, self.images, self.turn_lengths):
+            part[rows] = 0
         self.round_begins[rows] = -1
         self.round_begins[rows, 0] = lengths
         self.image_places[rows] = -1
@@ -354,7 +359,7 @@ def _go_on(state: EpisodeState, rules: Rules, rows: Tensor) -> None:
         who, where = said.nonzero(as_tuple=True)
         state.tokens[rows[who], at[who] + where] = state.turns[rows, number][said]
         at = at + lengths
-    for token in rules.next_ids:
+    for token in rules.before_thought:
         state.tokens[rows, at] = token
         at = at + 1
     state.num_tokens[rows] = at

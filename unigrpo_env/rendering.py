@@ -17,6 +17,17 @@ SIDE, WORDS_WIDTH, MARGIN = 240, 320, 16
 INK, FAINT, PAPER, ACCENT = (34, 34, 40), (120, 120, 130), (250, 250, 248), (205, 90, 40)
 
 
+def check_render_mode(mode: str | None) -> str | None:
+    """The mode, if there is such a one.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if mode not in (None, "rgb_array"):
+        raise ValueError(f"expected render_mode 'rgb_array' or None, got {mode!r}")
+    return mode
+
+
 def to_pixels(image: Tensor) -> np.ndarray:
     """A picture `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
     return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -57,22 +57,30 @@ class Lesson:
         return Lesson(None, (None,), self.pictures[:1])
 
 
-def episodes_of(lessons: Sequence[Lesson]) -> EpisodeBatch:
-    """Lessons as a reward would see them, had a model played them."""
-    prompts = [cast(Prompt, lesson.prompt) for lesson in lessons]
-    rounds = [[thought or "" for thought in lesson.thoughts] for lesson in lessons]
+def join_rounds(said: Iterable[str]) -> str:
+    """The words of all rounds as one text."""
+    return " ".join(filter(None, said))
+
+
+def batch_of(prompts: Sequence[Prompt], rounds: list[list[str]], pictures: list[Tensor]) -> EpisodeBatch:
+    """Episodes as a reward sees them: what was asked, said and drawn so far."""
     return EpisodeBatch(
         prompts=[prompt.text for prompt in prompts],
-        texts=[" ".join(filter(None, said)) for said in rounds],
-        images=torch.stack([lesson.pictures[-1] for lesson in lessons]),
+        texts=[join_rounds(said) for said in rounds],
+        images=torch.stack([drawn[-1] if len(drawn) else drawn.new_zeros(drawn.shape[1:]) for drawn in pictures]),
         metadata=[prompt.metadata for prompt in prompts],
-        pictures=[lesson.pictures for lesson in lessons],
+        pictures=pictures,
         rounds=rounds,
         sources=[
-            torch.stack(list(prompt.sources)) if prompt.sources else lesson.pictures[:0]
-            for prompt, lesson in zip(prompts, lessons, strict=True)
+            torch.stack(list(prompt.sources)) if prompt.sources else drawn[:0] for prompt, drawn in zip(prompts, pictures, strict=True)
         ],
     )
+
+
+def episodes_of(lessons: Sequence[Lesson]) -> EpisodeBatch:
+    """Lessons as a reward would see them, had a model played them."""
+    rounds = [[thought or "" for thought in lesson.thoughts] for lesson in lessons]
+    return batch_of([cast(Prompt, lesson.prompt) for lesson in lessons], rounds, [lesson.pictures for lesson in lessons])
 
 
 class Task(Protocol):

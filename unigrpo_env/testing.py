@@ -74,10 +74,13 @@ class VariantContract:
         assert not unexpected, unexpected
 
     def test_same_seed_same_episode(self) -> None:
-        first, second = play(self.make_env(), 3), play(self.make_env(), 3)
-        for one, two in zip(first[0], second[0], strict=True):
-            assert all(np.array_equal(one[name], two[name]) for name in one)
-        assert first[2] == second[2]
+        used = self.make_env()
+        play(used, 5)
+        first, *others = play(self.make_env(), 3), play(self.make_env(), 3), play(used, 3)
+        for other in others:
+            for one, two in zip(first[0], other[0], strict=True):
+                assert all(np.array_equal(one[name], two[name]) for name in one)
+            assert first[2] == other[2]
 
     def test_budgets_and_phases(self) -> None:
         rules = self.make_variant().rules

@@ -13,7 +13,7 @@ from torch import Tensor
 from unigrpo_env.env import as_prompt, check_options, split_action
 from unigrpo_env.episodes import Episodes, Variant
 from unigrpo_env.mdp import Phase
-from unigrpo_env.rendering import render_frame
+from unigrpo_env.rendering import check_render_mode, render_frame
 from unigrpo_env.variants import make_variant
 
 
@@ -42,7 +42,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         device: torch.device | str = "cpu",
         **arguments: Any,
     ) -> None:
-        self.num_envs, self.render_mode, self.copy = num_envs, render_mode, copy
+        self.num_envs, self.render_mode, self.copy = num_envs, check_render_mode(render_mode), copy
         self.episodes = Episodes(make_variant(variant, reward=reward, **arguments), num_envs, device)
         self.single_observation_space = self.episodes.observation_space()
         self.single_action_space = self.episodes.action_space()
@@ -134,4 +134,4 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Tensor], dict[str, Tensor], Te
         return {name: value.clone() for name, value in observation.items()} if self.copy else observation
 
     def _info(self) -> dict[str, Any]:
-        return {"prompts": self.episodes.prompts}
+        return {"prompts": list(self.episodes.prompts)}

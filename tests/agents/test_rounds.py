@@ -18,7 +18,7 @@ from agents.logs import read_metrics
 from agents.loss import UniGRPOLoss, replay
 from agents.objectives import group_advantage
 from agents.run import run
-from agents.trainer import Trainer
+from agents.trainer import CLOCKED, Trainer
 from unigrpo_env.episodes import Episodes
 from unigrpo_env.mdp import Phase
 from unigrpo_env.variants import make_variant
@@ -331,7 +331,7 @@ def test_a_run_over_rounds_stops_and_goes_on(small_bagel, tmp_path, name):
     def account(one):
         summary, folder = run(one, Console(quiet=True)), Path(one.config.output.folder)
         pictures = re.findall('data:image/png[^"]*', (folder / "report.html").read_text())
-        rows = [{key: value for key, value in row.items() if key != "episodes_per_second"} for row in read_metrics(folder)]
+        rows = [{key: value for key, value in row.items() if key not in CLOCKED} for row in read_metrics(folder)]
         return {key: value for key, value in summary.items() if not key.endswith("seconds_training")}, pictures, rows
 
     whole = trainer("whole", 2)

@@ -7,8 +7,9 @@ from rich.console import Console
 
 from agents.cli import main
 from agents.config import config_names
-from agents.tables import QUICK, ROWS, Job, jobs, play, results, run_tables
-from agents.tables_page import write_page
+from agents.supervised import COURSES
+from agents.tables import QUICK, ROWS, UNSEEN_LESSON, Job, jobs, play, results, run_tables
+from agents.tables_page import _diverged, _rounds, write_page
 
 
 def test_rows_are_configs():
@@ -51,6 +52,26 @@ def test_runs_are_kept_and_the_page_shows_them(tmp_path):
     assert "| Reflect | kept |" in page
     for name in ("curves", "strips", "hacking"):
         assert (tmp_path / f"tables_{name}.png").stat().st_size > 1000
+
+
+def test_the_page_says_which_run_diverged(tmp_path):
+    measures = {"accuracy": 0.25, "greedy": 0.5, "parts": {"story": 0.25, "story/score": 0.75}}
+    before = {"accuracy": 0.125, "greedy_accuracy": 0.25, "components": {"story": 0.125, "story/score": 0.5}}
+    lost = {"measures": measures, "diverged": {"iteration": 7, "error": "nan"}, "curve": [], "folder": str(tmp_path / "story-0")}
+    kept = {"measures": {**measures, "before": before}, "diverged": None, "curve": [], "folder": str(tmp_path / "story-1")}
+    text = "\n\n".join(
+        [*_diverged({"story": [lost, kept]}), *_rounds({"story": [lost, kept]}, [row for row in ROWS if row.key == "story"])]
+    )
+    assert "Story, seed 0, diverged after 7 iterations" in text
+    assert "| Story | 0 |  |  | 0 iterations |" in text
+    assert "| Story | 1 | 0.125 → 0.250 | 0.250 → 0.500 |" in text
+    assert "| Story | score |  | 0.500 → 0.750 |" in text
+
+
+def test_lessons_without_thoughts_are_new_ones():
+    taught = [range(course.first_lesson, course.first_lesson + course.settings.steps) for course in COURSES.values()]
+    assert not any(UNSEEN_LESSON in numbers for numbers in taught)
+    assert max(numbers.stop for numbers in taught) <= UNSEEN_LESSON
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ from agents.checkpoint import checkpoints, latest_checkpoint
 from agents.config import Config, config_names, load_config, settings
 from agents.logs import read_metrics
 from agents.run import run
-from agents.trainer import METRICS, Trainer
+from agents.trainer import CLOCKED, METRICS, Trainer
 from rewards import REWARDS, UnscoredError, WeightedReward
 
 TOY = [
@@ -160,13 +160,22 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(small_bagel, tmp_path, ki
     resumed = Trainer.resume(tmp_path / "stopped")
     assert resumed.iteration == 3
     assert all(torch.equal(value, reference[name]) for name, value in resumed.reference.state_dict().items())
-    run(resumed)
+    summary = run(resumed)
     for name, value in weights_of(resumed).items():
         assert torch.equal(value, expected[name]), name
     rows, other = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "whole")
+    assert summary["seconds_training"] == round(sum(row["seconds"] for row in rows), 1), "of both parts"
     for row in (*rows, *other):
-        row.pop("episodes_per_second")
+        for name in CLOCKED:
+            row.pop(name)
     assert rows == other
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    first = run(toy_trainer(tmp_path, "trainer.iterations=2"))
+    curve = (tmp_path / "accuracy.json").read_text()
+    assert run(Trainer.resume(tmp_path)) == first
+    assert (tmp_path / "accuracy.json").read_text() == curve
 
 
 def test_old_checkpoints_go(tmp_path):

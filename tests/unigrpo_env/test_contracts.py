@@ -13,6 +13,7 @@ from unigrpo_env.env import InterleavedGenEnv
 from unigrpo_env.rendering import PAPER, enlarge
 from unigrpo_env.testing import VariantContract
 from unigrpo_env.variants import VARIANTS
+from unigrpo_env.vector import InterleavedGenVectorEnv
 
 IDS = sorted(name for name in gym.registry if name.startswith("unigrpo/"))
 
@@ -120,6 +121,9 @@ def test_a_time_limit_truncates_what_is_not_finished():
 
 
 def test_frames_show_the_picture_and_the_words():
+    for kind in (InterleavedGenEnv, InterleavedGenVectorEnv):
+        with pytest.raises(ValueError, match="expected render_mode 'rgb_array' or None, got 'human'"):
+            kind("toy", render_mode="human")
     env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array").unwrapped
     env.reset(seed=0)
     thinking = env.render()

@@ -76,6 +76,25 @@ def test_a_story_is_one_stream():
     assert len(env.episodes.pictures([0])[0]) == 2
 
 
+def test_a_story_of_one_picture_is_judged_like_any_other():
+    env = InterleavedGenEnv("story", pictures=1)
+    parts = [{"count": 1, "colour": "red", "shape": "circle"}]
+    env.reset(seed=0, options={"prompt": Prompt("a red circle", {"parts": parts})})
+    say(env, "red circle top <eos>")
+    _, reward, ended, *_ = paint(env, layout(c1=RED_CIRCLE))
+    assert ended
+    assert reward == 1
+
+
+def test_a_reflection_of_one_picture_is_one_that_cannot_go_on():
+    env = InterleavedGenEnv("reflect", image_budget=1)
+    env.reset(seed=0, options={"prompt": Prompt("a red circle", {"objects": [{"count": 1, "colour": "red", "shape": "circle"}]})})
+    say(env, "<eos>")
+    _, reward, ended, _, info = paint(env, layout(c1=RED_CIRCLE))
+    assert ended
+    assert reward == info["components"]["reflect/kept"] == 1
+
+
 def test_each_picture_has_its_own_noise():
     env = InterleavedGenEnv("story", pictures=3, text_budget=0)
     observation, _ = env.reset(seed=0)
