@@ -18,10 +18,9 @@ Parser = argparse.ArgumentParser
 
 
 def _positive(text: str) -> int:
-    number = int(text) if text.lstrip("-").isdigit() else 0
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return number
+    return int(text)
 
 
 def _settings_help() -> str:

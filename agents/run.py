@@ -63,11 +63,10 @@ class Run:
         finally:
             self.log.close()
         self._mark(self.total, after["sampled"].accuracy)
-        summary = self._summary(after)
+        rows = read_metrics(self.folder)
+        summary = self._summary(after, rows)
         write_json(summary, self.folder / SUMMARY)
-        write_report(
-            self.folder / REPORT, summary, read_metrics(self.folder), self.curve, self.before["sampled"], after["sampled"], output.samples
-        )
+        write_report(self.folder / REPORT, summary, rows, self.curve, self.before["sampled"], after["sampled"], output.samples)
         before_and_after(self.before["sampled"], after["sampled"]).save(self.folder / "before_after.png")
         self._say(summary)
         return summary
@@ -136,15 +135,15 @@ class Run:
         sheet.save(self.folder / "samples" / f"{trainer.iteration:06d}.png")
         self.log.picture(trainer.iteration, "samples", sheet)
 
-    def _summary(self, after: dict[str, Evaluation]) -> dict[str, Any]:
-        before, settings, rows = self.before, self.trainer.config, read_metrics(self.folder)
+    def _summary(self, after: dict[str, Evaluation], rows: list[dict[str, float]]) -> dict[str, Any]:
+        before, settings = self.before, self.trainer.config
         return {
             "accuracy_before": before["sampled"].accuracy,
             "accuracy_after": after["sampled"].accuracy,
             "greedy_accuracy_before": before["greedy"].accuracy,
             "greedy_accuracy_after": after["greedy"].accuracy,
-            "seconds_training": round(sum(row["seconds"] for row in rows), 1),
-            "cpu_seconds_training": round(sum(row["cpu_seconds"] for row in rows), 1),
+            "seconds_training": round(sum(row["seconds"] for row in rows), 3),
+            "cpu_seconds_training": round(sum(row["cpu_seconds"] for row in rows), 3),
             "iterations": self.total,
             "episodes": self.total * self.trainer.env.num_envs,
             "held_out_prompts": len(after["sampled"].prompts),

@@ -187,21 +187,18 @@ def _thoughts(measures: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
-    def change(run: dict[str, Any], before: str, after: str) -> str:
-        def find(name: str) -> float:
-            values = run["measures"]
-            for part in name.split("."):
-                values = values[part]
-            return values
+    def before(run: dict[str, Any]) -> dict[str, Any]:
+        return run["measures"].get("before", {"components": {}})  # a run that diverged has none
 
-        return "" if run["diverged"] else f"{find('before.' + before):.3f} → {find(after):.3f}"
+    def change(first: float | None, last: float) -> str:
+        return "" if first is None else f"{first:.3f} → {last:.3f}"
 
     cells = [
         [
             row.title,
             str(seed),
-            change(run, "accuracy", "accuracy"),
-            change(run, "greedy_accuracy", "greedy"),
+            change(before(run).get("accuracy"), run["measures"]["accuracy"]),
+            change(before(run).get("greedy_accuracy"), run["measures"]["greedy"]),
             f"{len(read_metrics(Path(run['folder'])))} iterations{_seconds(run)}",
         ]
         for row in rows
@@ -211,7 +208,7 @@ def _rounds(found: Results, rows: Sequence[Row]) -> list[str]:
         [
             row.title,
             name.split("/")[-1],
-            *(change(run, f"components.{name}", f"parts.{name}") for run in found[row.key]),
+            *(change(before(run)["components"].get(name), run["measures"]["parts"][name]) for run in found[row.key]),
         ]
         for row in rows
         for name in found[row.key][0]["measures"]["parts"]

@@ -70,7 +70,6 @@ def test_the_page_says_which_run_diverged(tmp_path):
 
 def test_lessons_without_thoughts_are_new_ones():
     taught = [range(course.first_lesson, course.first_lesson + course.settings.steps) for course in COURSES.values()]
-    assert not any(UNSEEN_LESSON in numbers for numbers in taught)
     assert max(numbers.stop for numbers in taught) <= UNSEEN_LESSON
 
 

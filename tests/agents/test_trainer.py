@@ -164,7 +164,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(small_bagel, tmp_path, ki
     for name, value in weights_of(resumed).items():
         assert torch.equal(value, expected[name]), name
     rows, other = read_metrics(tmp_path / "stopped"), read_metrics(tmp_path / "whole")
-    assert summary["seconds_training"] == round(sum(row["seconds"] for row in rows), 1), "of both parts"
+    assert summary["seconds_training"] == round(sum(row["seconds"] for row in rows), 3), "of both parts"
     for row in (*rows, *other):
         for name in CLOCKED:
             row.pop(name)
