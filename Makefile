@@ -1,22 +1,26 @@
-# make demo    train the shipped model and see it learn
-# make test    all tests
-# make check   what CI runs: format, lint, types, tests, doctests
-# make bench   speed, one JSON line a figure
-# make tables  every method of the paper on the shipped model; hours, resumable. make tables-quick: a breath of it
+# make demo       train the shipped model and see it learn
+# make test       all tests
+# make test-fast  the quick ones: under a minute on two cores
+# make check      what CI runs: format, lint, types, tests, doctests
+# make bench      speed, one JSON line a figure
+# make tables     every method of the paper on the shipped model; hours, resumable
+# make tables-quick  two iterations of every row, to see that they run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check bench tables tables-quick clean
+.PHONY: demo test test-fast check bench tables tables-quick clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@echo "installing into $(VENV); this takes some minutes"
+	$(PIP) -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(PIP) -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -25,6 +29,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

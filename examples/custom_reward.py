@@ -1,6 +1,11 @@
-"""A reward of your own in ten lines, used by name in Python; on the command line:
+"""A reward of your own in a few lines, used by name.
 
-unigrpo train --import examples.custom_reward env.reward="shapes + 0.2 * mostly_light" trainer.iterations=5
+    python examples/custom_reward.py
+
+On the command line:
+
+    unigrpo train --import examples/custom_reward.py env.reward="shapes + 0.2 * mostly_light" \
+        trainer.iterations=5
 """
 
 import torch
@@ -11,14 +16,25 @@ from unigrpo_env.env import InterleavedGenEnv
 
 @register_reward("mostly_light")
 def mostly_light(episodes: EpisodeBatch) -> torch.Tensor:
-    """How light the picture is, from 0 to 1: it likes empty cells."""
+    """How light the image is, from 0 to 1, `[N]`: it likes empty cells."""
+    # [N, 3, height, width] in [0, 1]
     return episodes.images.mean((1, 2, 3))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    # Without a thought the image opens at once.
     env = InterleavedGenEnv(reward="shapes + 0.2 * mostly_light", text_budget=0)
     observation, _ = env.reset(seed=0)
     ended = False
     while not ended:
-        observation, reward, ended, truncated, info = env.step({"token": 0, "latent": observation["latent"] * 0.5 + 0.4})
-    print("reward:", round(reward, 4), {name: round(value, 4) for name, value in info["components"].items()})
+        # x at the next flow time, [L, C]: here it fades to a light grey.
+        next_latent = observation["latent"] * 0.5 + 0.4
+        action = {"token": 0, "next_latent": next_latent}
+        observation, reward, ended, _, info = env.step(action)
+    print(f"reward: {reward:.4f}")
+    for name, value in info["components"].items():
+        print(f"  {name}: {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,120 +2,231 @@
 
     python examples/unigrpo_loop.py --iterations 40
 
-N episodes = B prompts x G members; W stochastic image steps; L x C latent (36 x 48 here); K token slots; V tokens.
-Equation numbers are those of arXiv 2603.23500. Flow time t = 1 is noise, t = 0 the image.
+N episodes = B prompts x G members; W stochastic image steps; L x C latent (36 x 48 here); K token
+slots after the prompt; P token slots of the prompt; V tokens of the vocabulary. Equation numbers
+are those of arXiv 2603.23500. Flow time t = 1 is noise, t = 0 is the image.
 """
 
+from __future__ import annotations
+
 import argparse
-import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from agents.actor import Actor, read_prompts, token_log_probs
-from agents.evaluation import evaluate
-from agents.flow import Window, sde_step
-from agents.models import load_model
-from agents.objectives import group_advantage, image_loss, ratio_norm, text_loss, velocity_mse
-from unigrpo_env.mdp import Phase
-from unigrpo_env.vector import InterleavedGenVectorEnv
+from agents.evaluation.accuracy import evaluate
+from agents.models.base import UnifiedModel
+from agents.models.registry import load_model
+from agents.objectives.advantages import group_advantage
+from agents.objectives.equations import image_loss, ratio_norm, text_loss, velocity_mse
+from agents.policy.actor import Actor
+from agents.policy.prefill import read_prompts
+from agents.policy.sde import Window, sde_step
+from agents.policy.tokens import token_log_probs
+from unigrpo_env.mdp.rules import Phase
+from unigrpo_env.tasks.task import Prompt
+from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--iterations", type=int, default=40)
-parser.add_argument("--held-out", type=int, default=128, help="prompts to measure on, before and after")
-args = parser.parse_args()
-
-B, G, W, A = 8, 8, 3, 0.8  # prompts, members of a group, stochastic steps, noise level
-TEXT_CLIP, IMAGE_CLIP, MSE_WEIGHT = 0.2, 1e-4, 1e-3
+B = 8
+G = 8
 N = B * G
-torch.manual_seed(0)
-
-# The verbs of a model: start, read_text, velocity, and parameter_lists to tell the two experts apart.
-model = load_model("tiny")
-reference = copy.deepcopy(model).requires_grad_(False)  # v_ref of equation (8)
-experts = model.parameter_lists()
-optimizer = torch.optim.AdamW(
-    [{"params": experts["text"], "lr": 3e-4}, {"params": experts["image"], "lr": 2e-4}], betas=(0.9, 0.99), eps=1e-12, weight_decay=0
-)
-
-# N episodes side by side; observations are views of the state, so we read them before the next step.
-env = InterleavedGenVectorEnv("text_to_image", N, copy=False)
-task, legal = env.episodes.variant.task, env.episodes.rules.legal_tokens()  # legal: [V] bool
-window = Window(W, low=0, high=5)
-actor = Actor(model, window=window, noise_level=A)
+W = 3
+NOISE_LEVEL = 0.8
+TEXT_CLIP = 0.2
+IMAGE_CLIP = 1e-4
+VELOCITY_WEIGHT = 1e-3
 
 
-def rollout(prompts, seed):
-    """Play every group once; keep what the update needs."""
-    observation, _ = env.reset(seed=seed, options={"prompts": [p for p in prompts for _ in range(G)]})
-    starts = window.draw(B, torch.Generator().manual_seed(seed)).repeat_interleave(G)  # [N], one window a group
-    actor.start(range(seed, seed + N), starts)
-    K = env.episodes.rules.text_budget + 1
-    log_prob, chosen = torch.zeros(N, K), torch.zeros(N, K, dtype=torch.bool)
-    x = torch.zeros(N, W + 1, 36, 48)  # latents around the stochastic steps
-    mean, times = torch.zeros(N, W, 36, 48), torch.zeros(N, W + 1)
-    reward = torch.zeros(N)
-    while (observation["phase"] != Phase.DONE).any():
-        decision = actor.act(observation)  # rows that finished their thought wait for the others
-        rows = decision.active.nonzero()[:, 0]
-        if decision.log_prob is not None:  # a token a row
-            k = (observation["num_tokens"] - observation["prompt_length"])[rows]
-            log_prob[rows, k], chosen[rows, k] = decision.log_prob[rows], True
-        else:  # a denoising step a row
-            w = observation["step"] - starts
-            for j in range(W + 1):
-                at = w == j
-                x[at, j], times[at, j] = observation["latent"][at], observation["t"][at]
-                if j < W:
-                    mean[at, j] = decision.mean[at]
-        observation, paid, _, _, _ = env.step(decision.env_action, decision.active)
-        reward += paid  # sparse: paid in the step that ends a row
-    P = observation["prompt_length"]  # [N]
-    tokens = torch.stack([row[p : p + K] for row, p in zip(env.episodes.state.tokens, P.tolist(), strict=True)])  # [N, K]
-    said = torch.arange(K) < (observation["num_tokens"] - P)[:, None]  # [N, K], a forced token included
-    prompt = observation["tokens"][:, : int(P.max())].clone()
-    prompt[torch.arange(prompt.shape[1]) >= P[:, None]] = 0
-    return {"prompt": prompt, "P": P.clone(), "tokens": tokens, "said": said, "chosen": chosen, "log_prob": log_prob,
-            "x": x, "mean": mean, "times": times, "reward": reward}  # fmt: skip
+@dataclass
+class Episodes:
+    """What an update needs of N episodes."""
+
+    prompt_tokens: Tensor  # [N, P], 0 beyond each prompt
+    prompt_length: Tensor  # [N]
+    tokens: Tensor  # [N, K], all that follows the prompt
+    text_mask: Tensor  # [N, K], which of them count, forced ones included
+    chosen_mask: Tensor  # [N, K], which of them the policy chose
+    log_prob: Tensor  # [N, K], by the policy that wrote them
+    latents: Tensor  # [N, W + 1, L, C], around the stochastic steps
+    means: Tensor  # [N, W, L, C], of these steps, by the policy that drew
+    times: Tensor  # [N, W + 1]
+    reward: Tensor  # [N]
 
 
-def read_and_look(which, episodes):
-    """Teacher-forced: log-probs of all tokens [N, K] and velocities at all stochastic steps [N, W, L, C] from one context."""
-    logits, context = read_prompts(which, episodes["prompt"], episodes["P"])  # [N, 1, V]; each prompt is read once
-    later, context = which.read_text(context, episodes["tokens"], episodes["said"])  # [N, K, V]
-    log_probs = token_log_probs(torch.cat([logits, later[:, :-1]], 1), legal, temperature=1.0)
-    log_prob = log_probs.gather(2, episodes["tokens"][..., None])[..., 0]  # [N, K]
-    velocity = which.velocity(context.repeat(W), episodes["x"][:, :W].flatten(0, 1), episodes["times"][:, :W].flatten())
-    return log_prob, velocity.unflatten(0, (N, W))
+class Loop:
+    """Model, env and optimiser."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = load_model("tiny")
+        # v_ref of equation (8)
+        self.reference = self.model.frozen_copy()
+        self.experts = self.model.parameters_by_expert()
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": self.experts["text"], "lr": 3e-4},
+                {"params": self.experts["image"], "lr": 2e-4},
+            ],
+            betas=(0.9, 0.99),
+            eps=1e-12,
+            weight_decay=0,
+        )
+        # Observations are views of the state, so they are read before the next step.
+        self.env = InterleavedGenVectorEnv("text_to_image", N, copy=False)
+        self.variant = self.env.episodes.variant
+        # [V] bool
+        self.legal_tokens = self.variant.rules.legal_tokens()
+        self.window = Window(W, low=0, high=5)
+        self.actor = Actor(self.model, window=self.window, noise_level=NOISE_LEVEL)
+
+    def rollout(self, prompts: Sequence[Prompt], seed: int) -> Episodes:
+        """Play one episode for each of the G members of each of the B prompts."""
+        members = [prompt for prompt in prompts for _ in range(G)]
+        observation, _ = self.env.reset(seed=seed, options={"prompts": members})
+        # One window a group: [N].
+        generator = torch.Generator().manual_seed(seed)
+        starts = self.window.draw(B, generator).repeat_interleave(G)
+        self.actor.start(range(seed, seed + N), starts)
+        episodes = self._empty_episodes()
+        while (observation["phase"] != Phase.DONE).any():
+            # Rows that have finished their thought wait for the others.
+            decision = self.actor.act(observation)
+            if decision.log_prob is not None:
+                rows = decision.active.nonzero()[:, 0]
+                slot = (observation["num_tokens"] - observation["prompt_length"])[rows]
+                episodes.log_prob[rows, slot] = decision.log_prob[rows]
+                episodes.chosen_mask[rows, slot] = True
+            else:
+                record_image_step(episodes, observation, decision.mean, starts)
+            observation, reward, _, _, _ = self.env.step(decision.env_action, decision.active)
+            # Paid in the step that ends a row, 0 before.
+            episodes.reward += reward
+        record_tokens(episodes, observation)
+        return episodes
+
+    def _empty_episodes(self) -> Episodes:
+        rules = self.variant.rules
+        K = rules.max_tokens - rules.prompt_budget
+        nothing = torch.zeros(N, K, dtype=torch.int64)
+        return Episodes(
+            prompt_tokens=nothing,
+            prompt_length=nothing[:, 0],
+            tokens=nothing,
+            text_mask=nothing.bool(),
+            chosen_mask=nothing.bool(),
+            log_prob=torch.zeros(N, K),
+            latents=torch.zeros(N, W + 1, *rules.latent_shape),
+            means=torch.zeros(N, W, *rules.latent_shape),
+            times=torch.zeros(N, W + 1),
+            reward=torch.zeros(N),
+        )
+
+    def evaluate_actions(
+        self, model: UnifiedModel[Any], episodes: Episodes
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of all tokens `[N, K]` and velocities `[N, W, L, C]`, from one context."""
+        # Each different prompt is read once; logits [N, 1, V].
+        logits, context = read_prompts(model, episodes.prompt_tokens, episodes.prompt_length)
+        # [N, K, V]
+        later, context = model.append_text(context, episodes.tokens, episodes.text_mask)
+        logits = torch.cat([logits, later[:, :-1]], 1)
+        log_probs = token_log_probs(logits, self.legal_tokens, temperature=1.0)
+        log_prob = log_probs.gather(2, episodes.tokens[..., None])[..., 0]
+        # The W steps of an episode share its context: [N W, L, C] and [N W].
+        x = episodes.latents[:, :W].flatten(0, 1)
+        t = episodes.times[:, :W].flatten()
+        velocity = model.predict_velocity(context.repeat_interleave(W), x, t)
+        return log_prob, velocity.unflatten(0, (N, W))
+
+    def update(self, episodes: Episodes) -> None:
+        """One step on equation (7): text, image and penalty, under one advantage."""
+        group = torch.arange(B).repeat_interleave(G)
+        # (1), [N]
+        advantage = group_advantage(episodes.reward, group)
+        log_prob, velocity = self.evaluate_actions(self.model, episodes)
+        # (2), [N]
+        text = text_loss(log_prob, episodes.log_prob, advantage, episodes.chosen_mask, TEXT_CLIP)
+        # (6), [N]
+        image = image_loss(image_log_ratio(episodes, velocity), advantage, IMAGE_CLIP)
+        with torch.no_grad():
+            _, reference_velocity = self.evaluate_actions(self.reference, episodes)
+        # (8), [N]
+        penalty = velocity_mse(velocity, reference_velocity)
+        self.optimizer.zero_grad()
+        (text + image + VELOCITY_WEIGHT * penalty).mean().backward()
+        for parameters in self.experts.values():
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.optimizer.step()
+
+    def accuracy(self, held_out: int) -> float:
+        """The mean reward on held-out prompts."""
+        prompts = self.variant.task.prompts("test", held_out, 0)
+        return evaluate(self.model, self.variant, prompts).accuracy
 
 
-def update(episodes):
-    """One step on equation (7): text + image + penalty, one advantage for all."""
-    advantage = group_advantage(episodes["reward"], torch.arange(B).repeat_interleave(G))  # (1), [N]
-    log_prob, velocity = read_and_look(model, episodes)
-    text = text_loss(log_prob, episodes["log_prob"], advantage, episodes["chosen"], TEXT_CLIP)  # (2), [N]
-    times = episodes["times"]
-    step = sde_step(episodes["x"][:, :W].flatten(0, 1), velocity.flatten(0, 1), times[:, :W].flatten(), times[:, 1:].flatten(), A)  # (3)
-    mean, std = step.mean.unflatten(0, (N, W)), step.std.unflatten(0, (N, W))
-    log_ratio = ratio_norm(episodes["x"][:, 1:], mean, episodes["mean"], std)  # (5), [N, W]
-    image = image_loss(log_ratio, advantage, IMAGE_CLIP)  # (6), [N]
-    with torch.no_grad():
-        _, anchor = read_and_look(reference, episodes)
-    penalty = velocity_mse(velocity, anchor)  # (8), [N]
-    optimizer.zero_grad()
-    (text + image + MSE_WEIGHT * penalty).mean().backward()
-    for parameters in experts.values():
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
+def record_image_step(
+    episodes: Episodes, observation: dict[str, Tensor], mean: Tensor | None, starts: Tensor
+) -> None:
+    """Keep x, t and the mean of a denoising step where it lies in a row's window."""
+    assert mean is not None
+    # Which step of the window each row takes, [N]; W is the one behind its end.
+    index = observation["step"] - starts
+    for number in range(W + 1):
+        rows = index == number
+        episodes.latents[rows, number] = observation["latent"][rows]
+        episodes.times[rows, number] = observation["t"][rows, 0]
+        if number < W:
+            episodes.means[rows, number] = mean[rows]
 
 
-def accuracy():
-    return evaluate(model, env.episodes.variant, task.prompts("test", args.held_out, 0)).accuracy
+def record_tokens(episodes: Episodes, observation: dict[str, Tensor]) -> None:
+    """Split the token buffer of the last observation into prompts and what follows them."""
+    tokens = observation["tokens"]
+    length = observation["prompt_length"]
+    slots = torch.arange(episodes.log_prob.shape[1])
+    episodes.tokens = tokens.gather(1, length[:, None] + slots)
+    episodes.text_mask = slots < (observation["num_tokens"] - length)[:, None]
+    longest = int(length.max())
+    beyond = torch.arange(longest) >= length[:, None]
+    episodes.prompt_tokens = tokens[:, :longest].masked_fill(beyond, 0)
+    episodes.prompt_length = length.clone()
 
 
-print(f"held-out accuracy before: {accuracy():.3f}")
-for iteration in range(args.iterations):
-    episodes = rollout(task.prompts("train", B, seed=iteration), seed=1000 * iteration)
-    update(episodes)
-    if iteration % 5 == 4:
-        print(f"iteration {iteration + 1:3d}  reward {episodes['reward'].mean():.3f}", flush=True)
-print(f"held-out accuracy after: {accuracy():.3f}")
+def image_log_ratio(episodes: Episodes, velocity: Tensor) -> Tensor:
+    """Equations (3) and (5): the log ratio of each stochastic step, `[N, W]`."""
+    step = sde_step(
+        episodes.latents[:, :W].flatten(0, 1),
+        velocity.flatten(0, 1),
+        episodes.times[:, :W].flatten(),
+        episodes.times[:, 1:].flatten(),
+        NOISE_LEVEL,
+    )
+    mean = step.mean.unflatten(0, (N, W))
+    std = step.std.unflatten(0, (N, W))
+    return ratio_norm(episodes.latents[:, 1:], mean, episodes.means, std)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument(
+        "--held-out", type=int, default=128, help="prompts to measure on, before and after"
+    )
+    arguments = parser.parse_args()
+    loop = Loop()
+    print(f"held-out accuracy before: {loop.accuracy(arguments.held_out):.3f}")
+    for iteration in range(arguments.iterations):
+        prompts = loop.variant.task.prompts("train", B, seed=iteration)
+        episodes = loop.rollout(prompts, seed=1000 * iteration)
+        loop.update(episodes)
+        if iteration % 5 == 4:
+            reward = float(episodes.reward.mean())
+            print(f"iteration {iteration + 1:3d}  reward {reward:.3f}", flush=True)
+    print(f"held-out accuracy after: {loop.accuracy(arguments.held_out):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Small things that many tests share."""
+"""Small models that many tests share."""
 
 import dataclasses
 import os
@@ -6,25 +6,38 @@ import os
 import pytest
 import torch
 
-from agents.models import Bagel, BagelConfig
-from agents.models.vision import VisionConfig
+from agents.models.bagel.model import Bagel, BagelConfig
+from agents.models.bagel.vision import VisionConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture
 def small_bagel() -> Bagel:
-    """A random model of the text-to-image variant's sizes, small enough for a test; its velocity head is not zero."""
+    """A small random model of the shapes world; its velocity head is not zero."""
     config = BagelConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e3,
-        z_channels=3, latent_patch_size=4, latent_height=6, latent_width=6, max_latent_size=6, image_start_id=3, image_end_id=4,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1e3,
+        z_channels=3,
+        latent_patch_size=4,
+        latent_height=6,
+        latent_width=6,
+        max_latent_size=6,
+        image_start_id=3,
+        image_end_id=4,
+        processor="shapes",
+    )
     return _random(config)
 
 
 @pytest.fixture
-def seeing_bagel(small_bagel) -> Bagel:
-    """The same with a vision tower."""
+def vision_bagel(small_bagel) -> Bagel:
+    """The same with a vision encoder."""
     vision = VisionConfig(
         hidden_size=24,
         intermediate_size=32,

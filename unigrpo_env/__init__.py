@@ -9,7 +9,9 @@
 
 import gymnasium as _gym
 
-_ENV, _VECTOR = "unigrpo_env.env:InterleavedGenEnv", "unigrpo_env.vector:InterleavedGenVectorEnv"
+# Named, not imported: `import unigrpo_env` stays fast, and loads no torch.
+_ENV = "unigrpo_env.env:InterleavedGenEnv"
+_VECTOR_ENV = "unigrpo_env.vector_env:InterleavedGenVectorEnv"
 _IDS = {
     "TextToImage": "text_to_image",
     "Edit": "edit",
@@ -19,4 +21,9 @@ _IDS = {
     "Toy": "toy",
 }
 for _id, _variant in _IDS.items():
-    _gym.register(id=f"unigrpo/{_id}-v0", entry_point=_ENV, vector_entry_point=_VECTOR, kwargs={"variant": _variant})
+    _gym.register(
+        id=f"unigrpo/{_id}-v0",
+        entry_point=_ENV,
+        vector_entry_point=_VECTOR_ENV,
+        kwargs={"variant": _variant},
+    )

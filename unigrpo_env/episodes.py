@@ -1,10 +1,10 @@
-"""What both faces of the env share: prompts in, the MDP's state, rewards out."""
+"""What all envs share: prompts in, the state of the process, rewards out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,52 +12,14 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
-from rewards import EpisodeBatch, Reward, WeightedReward
-from unigrpo_env.mdp import EpisodeState, Phase, Rules, check_action, transition, whose_turn
-from unigrpo_env.tasks import Prompt, Task, batch_of, join_rounds
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that the env uses."""
-
-    bos_token_id: int
-    eos_token_id: int
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> Any: ...
-
-
-class Decoder(Protocol):
-    """Latents `[N, L, C]` float32 to pictures `[N, 3, height, width]` float32 in [0, 1]."""
-
-    def __call__(self, latents: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A scenario, as data: what an episode may do, where prompts come from, how tokens and latents are read, what is rewarded.
-
-    Attributes:
-        rules: budgets and special tokens.
-        task: the source of prompts.
-        tokenizer: text to tokens and back.
-        decode: latents to pictures.
-        reward: of a finished episode: a registered name, a callable, or weights by name.
-        thought_reward: the same for a thought, paid when it opens its image, before that is drawn; None for none.
-        round_reward: the same for a picture, paid when it is drawn; None for none. Both see the episode as far as it has come.
-        lowest_reward: of an episode that ends without a picture; no picture may be worth less, or leaving becomes the exploit.
-        system_prompt: a text segment of its own before every prompt.
-    """
-
-    rules: Rules
-    task: Task
-    tokenizer: Tokenizer
-    decode: Decoder
-    reward: str | Reward | Mapping[str, float]
-    lowest_reward: float = 0.0
-    system_prompt: str = ""
-    thought_reward: str | Reward | Mapping[str, float] | None = None
-    round_reward: str | Reward | Mapping[str, float] | None = None
+from rewards import EpisodeBatch
+from unigrpo_env.inputs import check_action, encode_prompt, encode_turn
+from unigrpo_env.mdp.rules import Phase
+from unigrpo_env.mdp.state import EncodedPrompt, EpisodeState
+from unigrpo_env.mdp.transition import ActingRows, split_by_phase, transition
+from unigrpo_env.scoring import Payment, Scorer
+from unigrpo_env.tasks.task import Prompt, join_thoughts, make_batch
+from unigrpo_env.variants.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -65,13 +27,13 @@ class StepResult:
     """What a step brought, beyond the new state.
 
     Attributes:
-        reward: `[N]` float32, all that was paid in this step: at the end, for a thought, for a picture; 0 for rows that were paid nothing, NaN for one that could
-            not be scored.
-        ended: the rows that ended in this step, int64 indices, on the CPU.
-        unscored: `[N]` bool: of those, the ones that some reward, at the end or on the way, could not score.
+        reward: `[N]` float32, all that was paid in this step; NaN for a row that could not be
+            scored.
+        ended: the rows that ended in this step, int64 indices on the CPU.
+        unscored: `[N]` bool: of those, the ones that some reward could not score, at the end or on
+            the way.
         components: named parts of the reward at the end, `[N]` float32, NaN elsewhere.
-        paid: the parts of `reward`, `[N]` float32 each, 0 elsewhere: `reward` at the end, `thought_reward` and `round_reward` on the way; those that paid nobody in
-            this step are left out.
+        paid: the parts of `reward`, see `Payment.parts`.
     """
 
     reward: Tensor
@@ -81,204 +43,216 @@ class StepResult:
     paid: dict[str, Tensor] = field(default_factory=dict)
 
 
-def different(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts, each object once."""
-    return list({id(prompt): prompt for prompt in prompts}.values())
-
-
 class Episodes:
     """N episodes of one variant.
 
     Args:
-        variant: the scenario.
+        variant: the scenario and its parts.
         rows: N.
         device: where the state lives.
+
+    Raises:
+        ValueError: no rows.
     """
 
     def __init__(self, variant: Variant, rows: int, device: torch.device | str = "cpu") -> None:
         if rows < 1:
             raise ValueError(f"expected at least one episode, got {rows=}")
-        self.variant, self.rules = variant, variant.rules
-        self.reward = WeightedReward(variant.reward)
-        on_the_way = {"thought_reward": variant.thought_reward, "round_reward": variant.round_reward}
-        self.on_the_way = {name: WeightedReward(reward) for name, reward in on_the_way.items() if reward is not None}
+        self.variant = variant
+        self.rules = variant.rules
+        self.processor = variant.processor
+        self.scorer = Scorer(variant)
         self.state = EpisodeState.empty(rows, self.rules, device)
         self.prompts: list[Prompt | None] = [None] * rows
         self.unscored = torch.zeros(rows, dtype=torch.bool)
         self.begun = False
-        self.times = self.rules.times().to(device)
+        self.times = self.rules.time_tensor().to(device)
+        # [image_steps + 1] like `times`; after the last step the time stays 0.
         self.next_times = torch.cat([self.times[1:], self.times[-1:]])
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt as the model reads it: `<bos> words <eos>`, and the `<bos>` of the thought if there is to be one.
-
-        Raises:
-            ValueError: it is longer than the budget, or has a control token typed in it.
-        """
-        tokenizer = self.variant.tokenizer
-        ids = [cast(int, self.rules.image_id)] * self.rules.source_images
-        for text in filter(None, (self.variant.system_prompt, prompt.text)):
-            ids += self._segment(text)
-        ids = (ids or [tokenizer.bos_token_id, tokenizer.eos_token_id]) + ([tokenizer.bos_token_id] if self.rules.text_budget else [])
-        if len(ids) > self.rules.prompt_budget:
-            raise ValueError(
-                f"the prompt {prompt.text[:60]!r} takes {len(ids)} tokens with its marks; expected at most prompt_budget={self.rules.prompt_budget}: shorten it or raise the budget"
-            )
-        return ids
-
-    def _segment(self, text: str) -> list[int]:
-        tokenizer, rules = self.variant.tokenizer, self.rules
-        words = tokenizer.encode(text, add_special_tokens=False)
-        # Typed, they would claim a picture that has no place, or an end that nobody came to.
-        marks = {tokenizer.bos_token_id, tokenizer.eos_token_id, rules.open_image_id, rules.image_id, rules.end_id}
-        if typed := [token for token in words if token in marks]:
-            raise ValueError(
-                f"expected words in {text[:60]!r}, got the control token {tokenizer.decode(typed[:1])!r}; "
-                "take it out: the env sets its marks itself, and pictures come with `Prompt(sources=...)`"
-            )
-        return [tokenizer.bos_token_id, *words, tokenizer.eos_token_id]
-
-    def encode_sources(self, prompt: Prompt) -> Tensor:
-        """A prompt's pictures as latents, `[source_images, L, C]`.
-
-        Raises:
-            ValueError: another number, shape, type or range than the variant reads.
-        """
-        rules, asked = self.rules, self.rules.source_images
-        if len(prompt.sources) != asked:
-            raise ValueError(
-                f"expected {asked} source pictures with the prompt {prompt.text[:60]!r}, got {len(prompt.sources)}; give `Prompt(sources=...)`"
-            )
-        if not asked:
-            return torch.zeros(0, *rules.latent_shape)
-        encode = getattr(self.variant.decode, "encode", None)
-        if encode is None:
-            raise ValueError(f"expected a decoder that encodes sources too, got {type(self.variant.decode).__name__} without `encode`")
-        expected = tuple(self.variant.decode(torch.zeros(1, *rules.latent_shape)).shape[1:])
-        for picture in prompt.sources:
-            if not isinstance(picture, Tensor) or not picture.is_floating_point() or tuple(picture.shape) != expected:
-                got = f"{list(picture.shape)} of {picture.dtype}" if isinstance(picture, Tensor) else type(picture).__name__
-                raise ValueError(
-                    f"expected source pictures as float tensors of shape {list(expected)} (RGB), got {got}; resize or convert them first"
-                )
-            if not (picture.isfinite().all() and picture.min() >= 0 and picture.max() <= 1):
-                raise ValueError(
-                    f"expected source pictures with values in [0, 1], got [{float(picture.min()):g}, {float(picture.max()):g}]; divide bytes by 255"
-                )
-        return encode(torch.stack(list(prompt.sources)).float())
-
-    def encode_turns(self, prompt: Prompt) -> list[list[int]]:
-        """What the user will say, as tokens.
-
-        Raises:
-            ValueError: turns in a variant where the user does not speak, more of them than images to follow, or one over the budget or with a control token.
-        """
-        rules = self.rules
-        if len(prompt.turns) > (rules.image_budget - 1 if rules.turn_budget else 0):
-            raise ValueError(
-                f"expected at most {rules.image_budget - 1 if rules.turn_budget else 0} turns after the prompt {prompt.text[:60]!r}, got {len(prompt.turns)}; "
-                "raise image_budget, or use a variant in which the user speaks"
-            )
-        encoded = [self._segment(turn) for turn in prompt.turns]
-        for turn, ids in zip(prompt.turns, encoded, strict=True):
-            if len(ids) > rules.turn_budget:
-                raise ValueError(
-                    f"the turn {turn[:60]!r} takes {len(ids)} tokens with its marks; expected at most turn_budget={rules.turn_budget}"
-                )
-        return encoded
+    def encode(self, prompt: Prompt) -> EncodedPrompt:
+        """A prompt in tokens and latents; raises ValueError if the scenario does not take it."""
+        return encode_prompt(self.processor, self.rules, prompt, self.variant.system_prompt)
 
     def reset(self, rows: Sequence[int], prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
-        """Begin `rows` anew. All prompts are checked before any row changes."""
-        # Each different prompt once, not once a member of its group.
-        encoded = {
-            id(prompt): (self.encode(prompt), self.encode_sources(prompt), self.encode_turns(prompt)) for prompt in different(prompts)
-        }
+        """Begin `rows` anew. All prompts are checked before any row changes.
+
+        Args:
+            rows: which.
+            prompts: of each.
+            seeds: of each episode's noise.
+
+        Raises:
+            ValueError: a prompt that the scenario does not take.
+        """
+        # Each prompt is encoded once, not once for every member of its group.
+        encoded: dict[int, EncodedPrompt] = {}
+        for prompt in prompts:
+            if id(prompt) not in encoded:
+                encoded[id(prompt)] = self.encode(prompt)
         if not rows:
             return
         self.begun = True
         index = torch.tensor(rows, device=self.state.phase.device)
-        ids, sources, turns = zip(*(encoded[id(prompt)] for prompt in prompts), strict=True)
-        self.state.begin(index, self.rules, ids, seeds, torch.stack(sources) if self.rules.source_images else None, turns)
+        in_order = [encoded[id(prompt)] for prompt in prompts]
+        self.state.begin(index, self.rules, in_order, seeds)
         self.unscored[rows] = False
         for row, prompt in zip(rows, prompts, strict=True):
             self.prompts[row] = prompt
 
-    def step(self, token: Tensor, latent: Tensor, active: Tensor) -> StepResult:
-        """Check the action, advance the active rows, score those that ended, in one call."""
+    def step(self, token: Tensor, next_latent: Tensor, active: Tensor) -> StepResult:
+        """Check the action, advance the active rows, and pay what is due.
+
+        Args:
+            token: `[N]` int64.
+            next_latent: `[N, L, C]` float32.
+            active: `[N]` bool, the rows that act.
+
+        Raises:
+            ResetNeeded: before the first reset.
+            TypeError, ValueError: an action outside the action space, or an active row that has
+                ended.
+            Exception: whatever the task's `reply` or a reward raised.
+        """
         state = self.state
         if not self.begun:
             raise ResetNeeded("step() before reset(): call env.reset() first")
-        turn = whose_turn(state, active)
-        check_action(state, self.rules, token, latent, turn)
-        drawn_before = state.images_drawn.clone() if self.on_the_way else state.images_drawn
-        ended = transition(state, self.rules, token, latent, turn).cpu()
-        nothing = torch.zeros(len(active))
-        paid: dict[str, Tensor] = {}
-        components: dict[str, Tensor] = {}
-        if self.on_the_way:
-            opened = turn.text[(state.phase[turn.text] == Phase.IMAGE).nonzero()[:, 0]]
-            drawn = (state.images_drawn > drawn_before).nonzero()[:, 0]
-            for name, rows in (("thought_reward", opened.cpu()), ("round_reward", drawn.cpu())):
-                if name in self.on_the_way and len(rows):
-                    paid[name] = nothing.index_put((rows,), self.on_the_way[name](self.batch(rows.tolist())).reward)
-        if len(ended):
-            has_image = state.images_drawn.cpu()[ended] > 0
-            rows = ended[has_image]
-            paid["reward"] = nothing.index_put((ended[~has_image],), torch.tensor(self.variant.lowest_reward))
-            if len(rows):
-                scores = self.reward(self.batch(rows.tolist()))
-                paid["reward"][rows] = scores.reward
-                unknown = torch.full_like(nothing, torch.nan)
-                components = {name: unknown.index_put((rows,), values) for name, values in scores.components.items()}
-        reward, unscored = sum(paid.values(), nothing), nothing.bool()
-        if paid:
-            self.unscored |= reward.isnan()
+        acting = split_by_phase(state, active)
+        check_action(state, self.rules, token, next_latent, acting)
+        # The state changes in place. Intermediate rewards need the numbers before.
+        drawn_before = state.images_drawn
+        if self.scorer.intermediate:
+            drawn_before = drawn_before.clone()
+        ended = self._advance(token, next_latent, acting).cpu()
+        payment = self._pay(acting, drawn_before, ended)
+        return self._result(payment, ended)
+
+    def _advance(self, token: Tensor, next_latent: Tensor, acting: ActingRows) -> Tensor:
+        """One transition; if the user's reply fails, no row has changed."""
+        state = self.state
+        # A copy costs time, so it is made only in a step that finishes an image and asks the user.
+        saved = None
+        if self.rules.turn_budget and hasattr(self.variant.task, "reply"):
+            last_step = self.rules.image_steps - 1
+            if (state.step[acting.image] == last_step).any():
+                saved = state.copy()
+        try:
+            return transition(state, self.rules, token.long(), next_latent, acting, self._reply)
+        except Exception:
+            if saved is not None:
+                state.restore(saved)
+            raise
+
+    def _pay(self, acting: ActingRows, drawn_before: Tensor, ended: Tensor) -> Payment:
+        """Score the rows that are due: their thought, their image or their episode is complete."""
+        state = self.state
+        # Without intermediate rewards only the rows that ended are due.
+        opened = ended[:0]
+        drawn = ended[:0]
+        if self.scorer.intermediate:
+            # A text that is closed has taken its row to the image phase.
+            opens = state.phase[acting.text] == Phase.IMAGE
+            opened = acting.text[opens.nonzero()[:, 0]].cpu()
+            drawn = (state.images_drawn > drawn_before).nonzero()[:, 0].cpu()
+        due = len(ended) + len(opened) + len(drawn)
+        # Most steps pay nothing.
+        if due == 0:
+            return Payment(torch.zeros(len(state.phase)))
+        return self.scorer.pay(self.batch, opened, drawn, ended, state.images_drawn.cpu())
+
+    def _result(self, payment: Payment, ended: Tensor) -> StepResult:
+        """Join what was paid with the rows that some reward could not score."""
+        unscored = torch.zeros(len(payment.reward), dtype=torch.bool)
+        if payment.parts:
+            # A NaN before the end is kept until the episode ends, and reported then.
+            self.unscored |= payment.reward.isnan()
             unscored[ended] = self.unscored[ended]
-        return StepResult(reward, ended, unscored, components, paid)
+        return StepResult(payment.reward, ended, unscored, payment.components, payment.parts)
+
+    def _reply(self, rows: Tensor) -> None:
+        """Ask the task for the users' turns after the image that each of `rows` just drew."""
+        reply = getattr(self.variant.task, "reply", None)
+        if reply is None:
+            return
+        indices = rows.tolist()
+        answers = reply(self.batch(indices))
+        if not isinstance(answers, list | tuple) or len(answers) != len(indices):
+            raise TypeError(
+                f"expected reply() of {type(self.variant.task).__name__} to return a list of "
+                f"{len(indices)} texts or None, got {answers!r:.80}"
+            )
+        for row, answer in zip(indices, answers, strict=True):
+            self._write_reply(row, answer)
+
+    def _write_reply(self, row: int, answer: str | None) -> None:
+        """Store a user's turn; None or an empty text ends the episode."""
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(
+                f"expected reply() of {type(self.variant.task).__name__} to return texts or None, "
+                f"got {type(answer).__name__}: {answer!r:.60}"
+            )
+        number = int(self.state.images_drawn[row]) - 1
+        # The answer replaces the turn that came with the prompt, if there was one.
+        self.state.turn_lengths[row, number] = 0
+        if answer:
+            turn = encode_turn(self.processor, self.rules, answer)
+            self.state.write_turns(row, [turn], first=number)
 
     def batch(self, rows: Sequence[int]) -> EpisodeBatch:
         """The episodes `rows` as a reward sees them, as far as they have come."""
         prompts = [cast(Prompt, self.prompts[row]) for row in rows]
-        return batch_of(prompts, self.rounds(rows), self.pictures(rows))
+        return make_batch(prompts, self.thoughts(rows), self.all_images(rows))
 
-    def pictures(self, rows: Sequence[int]) -> list[Tensor]:
-        """What each row has drawn and finished, in order, `[drawn, 3, height, width]`; decoded in one call."""
-        state, first = self.state, self.rules.source_images
+    def all_images(self, rows: Sequence[int]) -> list[Tensor]:
+        """What each row has drawn and finished, in order, `[drawn, 3, height, width]`."""
+        state = self.state
+        first = self.rules.source_images
         index = torch.tensor(list(rows), device=state.phase.device)
-        # Those that were put away to be read, and the last one, which was not.
-        put_away, drawn = state.image_places[index, first:] >= 0, state.images_drawn[index]
+        # [rows, rounds - 1] bool: the images that were put into the stream to be read.
+        stored = state.image_positions[index, first:] >= 0
+        drawn = state.images_drawn[index]
+        # [rows, rounds, L, C]: those and, as the last, the current latent.
         latents = torch.cat([state.images[index, first:], state.latent[index, None]], 1)
-        finished = torch.cat([put_away, (drawn > put_away.sum(1))[:, None]], 1)
-        return list(self.variant.decode(latents[finished]).split(drawn.tolist()))
+        # The current latent is an image of its own if it is finished but not stored.
+        has_more = drawn > stored.sum(1)
+        finished = torch.cat([stored, has_more[:, None]], 1)
+        # [drawn by all rows, 3, height, width], in the order of the rows, in one call.
+        decoded = latents.new_zeros(0, 3, *self.processor.image_size)
+        if finished.any():
+            decoded = self.processor.decode_latents(latents[finished])
+        return list(decoded.split(drawn.tolist()))
 
-    def rounds(self, rows: Sequence[int]) -> list[list[str]]:
-        """What the model said before each of its pictures, and after the last if it went on; a user's words are not among it."""
-        state, index, decode = self.state, list(rows), self.variant.tokenizer.decode
-        said = zip(
-            state.tokens[index].tolist(),
-            state.num_tokens[index].tolist(),
-            state.round_begins[index].tolist(),
-            state.image_places[index, self.rules.source_images :].tolist(),
-            strict=True,
-        )
-        return [
-            [
-                decode(tokens[begin : place if place >= 0 else count], skip_special_tokens=True)
-                for begin, place in zip(begins, [*places, -1], strict=True)
-                if begin >= 0
-            ]
-            for tokens, count, begins, places in said
-        ]
+    def thoughts(self, rows: Sequence[int]) -> list[list[str]]:
+        """What the model wrote before each of its images, and after the last if it went on."""
+        state = self.state
+        index = list(rows)
+        first = self.rules.source_images
+        tokens = state.tokens[index].tolist()
+        counts = state.num_tokens[index].tolist()
+        starts = state.round_starts[index].tolist()
+        positions = state.image_positions[index, first:].tolist()
+        found = []
+        for row in range(len(index)):
+            # A round's text ends where its image is read, or at the end of the stream.
+            ends = [*positions[row], -1]
+            texts = []
+            for start, end in zip(starts[row], ends, strict=True):
+                if start < 0:
+                    continue
+                if end < 0:
+                    end = counts[row]
+                texts.append(self.processor.decode_text(tokens[row][start:end]))
+            found.append(texts)
+        return found
 
     def texts(self, rows: Sequence[int]) -> list[str]:
         """All that each row has written so far."""
-        return [join_rounds(said) for said in self.rounds(rows)]
+        return [join_thoughts(thoughts) for thoughts in self.thoughts(rows)]
 
     def observe(self) -> dict[str, Tensor]:
         """The observation of every row: views of the state, valid until the next step."""
         state = self.state
-        read = {"images": state.images, "image_places": state.image_places} if self.rules.stored_images else {}
-        return read | {
+        observation = {
             "phase": state.phase,
             "tokens": state.tokens,
             "num_tokens": state.num_tokens,
@@ -286,38 +260,47 @@ class Episodes:
             "legal_tokens": state.legal_tokens,
             "latent": state.latent,
             "step": state.step,
-            "t": self.times.index_select(0, state.step),
-            "next_t": self.next_times.index_select(0, state.step),
+            "images_drawn": state.images_drawn,
+            "t": self.times.index_select(0, state.step)[:, None],
+            "next_t": self.next_times.index_select(0, state.step)[:, None],
         }
+        if self.rules.stored_images:
+            observation["images"] = state.images
+            observation["image_positions"] = state.image_positions
+        return observation
 
     def observation_space(self) -> spaces.Dict:
         """Of one row."""
         rules = self.rules
-        stored, endless = rules.stored_images, float("inf")
-        read: dict[str, spaces.Space[Any]] = {}
+        latents = _unbounded(rules.latent_shape)
+        entries: dict[str, spaces.Space[Any]] = {
+            "phase": spaces.Discrete(3),
+            "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype=np.int64),
+            "num_tokens": spaces.Discrete(rules.max_tokens + 1),
+            "prompt_length": spaces.Discrete(rules.prompt_budget + 1),
+            "legal_tokens": spaces.MultiBinary(rules.vocab_size),
+            "latent": latents,
+            "step": spaces.Discrete(rules.image_steps + 1),
+            "images_drawn": spaces.Discrete(rules.image_budget + 1),
+            "t": spaces.Box(0.0, 1.0, (1,), dtype=np.float32),
+            "next_t": spaces.Box(0.0, 1.0, (1,), dtype=np.float32),
+        }
+        stored = rules.stored_images
         if stored:
-            read["images"] = spaces.Box(-endless, endless, (stored, *rules.latent_shape), dtype=np.float32)
-            read["image_places"] = spaces.Box(-1, rules.max_tokens, (stored,), dtype=np.int64)
-        return spaces.Dict(
-            read
-            | {
-                "phase": spaces.Discrete(3),
-                "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype=np.int64),
-                "num_tokens": spaces.Discrete(rules.max_tokens + 1),
-                "prompt_length": spaces.Discrete(rules.prompt_budget + 1),
-                "legal_tokens": spaces.MultiBinary(rules.vocab_size),
-                "latent": spaces.Box(-float("inf"), float("inf"), rules.latent_shape, dtype=np.float32),
-                "step": spaces.Discrete(rules.image_steps + 1),
-                "t": spaces.Box(0.0, 1.0, (), dtype=np.float32),
-                "next_t": spaces.Box(0.0, 1.0, (), dtype=np.float32),
-            }
-        )
+            entries["images"] = _unbounded((stored, *rules.latent_shape))
+            entries["image_positions"] = spaces.Box(-1, rules.max_tokens, (stored,), dtype=np.int64)
+        return spaces.Dict(entries)
 
     def action_space(self) -> spaces.Dict:
         """Of one row."""
         return spaces.Dict(
             {
                 "token": spaces.Discrete(self.rules.vocab_size),
-                "latent": spaces.Box(-float("inf"), float("inf"), self.rules.latent_shape, dtype=np.float32),
+                "next_latent": _unbounded(self.rules.latent_shape),
             }
         )
+
+
+def _unbounded(shape: tuple[int, ...]) -> spaces.Box:
+    """Latents are Gaussian: they have no bounds."""
+    return spaces.Box(-float("inf"), float("inf"), shape, dtype=np.float32)

@@ -1,27 +1,51 @@
-"""Frames for people: the picture as it stands beside the words."""
+"""Frames for people: the image as it stands, beside the text."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from unigrpo_env.episodes import Episodes
-from unigrpo_env.mdp import Phase
+from unigrpo_env.mdp.rules import Phase
 
-SIDE, WORDS_WIDTH, MARGIN = 240, 320, 16
-INK, FAINT, PAPER, ACCENT = (34, 34, 40), (120, 120, 130), (250, 250, 248), (205, 90, 40)
+if TYPE_CHECKING:
+    from unigrpo_env.episodes import Episodes
+
+SIDE = 240
+"""Longer side of the image in a frame, in pixels."""
+
+WORDS_WIDTH = 320
+"""Width of the text in a frame, in pixels."""
+
+MARGIN = 16
+"""Pixels around both."""
+
+TEXT = (34, 34, 40)
+"""RGB of text, in 0 to 255 like the other colours."""
+
+FAINT = (120, 120, 130)
+"""RGB of what is less important."""
+
+BACKGROUND = (250, 250, 248)
+"""RGB of the ground."""
+
+ACCENT = (205, 90, 40)
+"""RGB of what should be seen first."""
 
 
 def check_render_mode(mode: str | None) -> str | None:
-    """The mode, if there is such a one.
+    """Return the mode, if it is one that exists.
+
+    Args:
+        mode: `rgb_array`, or None for no frames.
 
     Raises:
-        ValueError: there is not.
+        ValueError: another mode.
     """
     if mode not in (None, "rgb_array"):
         raise ValueError(f"expected render_mode 'rgb_array' or None, got {mode!r}")
@@ -29,59 +53,127 @@ def check_render_mode(mode: str | None) -> str | None:
 
 
 def to_pixels(image: Tensor) -> np.ndarray:
-    """A picture `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
-    return (image.detach().cpu().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    """An image `[3, height, width]` in [0, 1] as `(height, width, 3)` uint8."""
+    # Rounded to the nearest of 256 levels; a conversion alone would cut the fraction off.
+    levels = (image.detach().cpu().float().clamp(0, 1) * 255).round()
+    return levels.byte().permute(1, 2, 0).numpy()
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """A picture file as `[3, height, width]` float32 in [0, 1]; transparency on white.
+def read_image(path: str | Path) -> Tensor:
+    """Read an image file as `[3, height, width]` float32 in [0, 1]; white shows where it is clear.
+
+    Args:
+        path: a file of any format that PIL reads.
 
     Raises:
-        ValueError: no file, or none that is a whole picture.
+        ValueError: no file, or one that is no whole image.
     """
     try:
-        picture: Image.Image = Image.open(path)
-        if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
-            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-        picture = picture.convert("RGBA")
-    except (OSError, SyntaxError) as error:  # PIL's own errors of a missing, foreign or broken file
-        raise ValueError(f"expected a whole picture at {path}, got: {error}; check the path, or save the picture anew") from error
-    white = Image.new("RGBA", picture.size, "white")
-    pixels = np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+        image: Image.Image = Image.open(path)
+        if image.mode.startswith("I"):
+            # PIL would cut 16 bits of grey off at 255.
+            grey = np.asarray(image).clip(0, 65535) / 257
+            image = Image.fromarray(grey.round().astype(np.uint8))
+        image = image.convert("RGBA")
+    except (OSError, SyntaxError) as error:
+        # These are PIL's errors for a missing, foreign or broken file.
+        raise ValueError(
+            f"expected a whole image at {path}, got: {error}; "
+            "check the path, or save the image anew"
+        ) from error
+    # An image with transparency is laid on white.
+    white = Image.new("RGBA", image.size, "white")
+    pixels = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
+    # [height, width, 3] to [3, height, width]; PIL's array is read-only.
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def enlarge(image: Tensor, side: int) -> Image.Image:
-    """A picture as a PIL image whose longer side has `side` pixels, in hard squares when it grows."""
+    """An image at another size, with sharp pixels when it grows.
+
+    Args:
+        image: `[3, height, width]` in [0, 1].
+        side: its longer side in pixels.
+    """
     small = Image.fromarray(to_pixels(image))
     factor = side / max(small.size)
-    return small.resize(
-        (round(small.width * factor), round(small.height * factor)), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-    )
+    # Large pixels should stay squares; a smaller image should be smooth.
+    size = (round(small.width * factor), round(small.height * factor))
+    if factor > 1:
+        return small.resize(size, Image.Resampling.NEAREST)
+    return small.resize(size, Image.Resampling.LANCZOS)
 
 
 def render_frame(episodes: Episodes, row: int) -> np.ndarray:
-    """One row as `(272, 608, 3)` uint8: the picture being drawn, else the last one drawn, else the last source, else an empty frame."""
-    state, prompt = episodes.state, episodes.prompts[row]
-    phase = Phase(int(state.phase[row]))
-    frame = Image.new("RGB", (SIDE + WORDS_WIDTH + 3 * MARGIN, SIDE + 2 * MARGIN), PAPER)
+    """Render one row as `(272, 608, 3)` uint8.
+
+    It shows the image being drawn, else the last one drawn, else the last source, else an empty
+    frame; and beside it the prompt, what the episode waits for, and what the model wrote.
+
+    Args:
+        episodes: N episodes.
+        row: which of them.
+    """
+    size = (SIDE + WORDS_WIDTH + 3 * MARGIN, SIDE + 2 * MARGIN)
+    frame = Image.new("RGB", size, BACKGROUND)
     pen = ImageDraw.Draw(frame)
-    if phase is Phase.IMAGE or state.images_drawn[row] > 0:
-        frame.paste(enlarge(episodes.variant.decode(state.latent[row : row + 1])[0], SIDE), (MARGIN, MARGIN))
-    elif prompt and prompt.sources:
-        frame.paste(enlarge(prompt.sources[-1], SIDE), (MARGIN, MARGIN))
+    image = _image_to_show(episodes, row)
+    if image is None:
+        edge = MARGIN + SIDE - 1
+        pen.rectangle((MARGIN, MARGIN, edge, edge), outline=FAINT)
     else:
-        pen.rectangle((MARGIN, MARGIN, MARGIN + SIDE - 1, MARGIN + SIDE - 1), outline=FAINT)
-    left, y = SIDE + 2 * MARGIN, MARGIN
-    t = float(episodes.times[state.step[row]])
-    status = {Phase.TEXT: "thinking", Phase.IMAGE: f"drawing   t = {t:.2f}", Phase.DONE: "done"}[phase]
-    for text, size, ink, lines in (
-        (prompt.text if prompt else "", 16, INK, 3),
-        (status, 13, ACCENT, 1),
-        (episodes.texts([row])[0], 14, FAINT, 8),
-    ):
-        for line in textwrap.wrap(text, width=round(WORDS_WIDTH / (0.52 * size)))[:lines]:
-            pen.text((left, y), line, fill=ink, font=ImageFont.load_default(size))
-            y += size + 6
-        y += 8
+        frame.paste(enlarge(image, SIDE), (MARGIN, MARGIN))
+    # There is no prompt before the first reset.
+    prompt = episodes.prompts[row]
+    asked = ""
+    if prompt is not None:
+        asked = prompt.text
+    y = _write(pen, MARGIN, asked, size=16, colour=TEXT, lines=3)
+    y = _write(pen, y, _status(episodes, row), size=13, colour=ACCENT, lines=1)
+    _write(pen, y, episodes.texts([row])[0], size=14, colour=FAINT, lines=8)
     return np.asarray(frame)
+
+
+def _image_to_show(episodes: Episodes, row: int) -> Tensor | None:
+    """The image of a row `[3, height, width]`, or None if there is none yet."""
+    state = episodes.state
+    # While an image is drawn, the frame shows it with the noise that is left in it.
+    if state.phase[row] == Phase.IMAGE or state.images_drawn[row] > 0:
+        # [1, L, C]
+        latent = state.latent[row : row + 1]
+        return episodes.variant.processor.decode_latents(latent)[0]
+    prompt = episodes.prompts[row]
+    if prompt is not None and prompt.sources:
+        return prompt.sources[-1]
+    return None
+
+
+def _status(episodes: Episodes, row: int) -> str:
+    """What a row waits for."""
+    phase = Phase(int(episodes.state.phase[row]))
+    if phase is Phase.TEXT:
+        return "thinking"
+    if phase is Phase.IMAGE:
+        t = float(episodes.times[episodes.state.step[row]])
+        return f"drawing   t = {t:.2f}"
+    return "done"
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    y: int,
+    text: str,
+    *,
+    size: int,
+    colour: tuple[int, int, int],
+    lines: int,
+) -> int:
+    """Write a paragraph beside the image, at most so many lines; the result is where it ends."""
+    font = ImageFont.load_default(size)
+    left = SIDE + 2 * MARGIN
+    # A letter is about half as wide as it is high.
+    wrapped = textwrap.wrap(text, width=round(WORDS_WIDTH / (0.52 * size)))
+    for line in wrapped[:lines]:
+        pen.text((left, y), line, fill=colour, font=font)
+        y += size + 6
+    return y + 8

@@ -1,7 +1,8 @@
-"""The smallest model behind the verbs of the seam: two tables. Its best weights for the toy task are known, so learning can be checked.
+"""The smallest model: two tables. Its best weights for the toy task are known.
 
-It remembers the last word it read. The next token comes from a table over (word, last token). A picture is Gaussian around the word's row of
-a second table, and for a Gaussian the velocity of the flow is known in closed form.
+It remembers the last word that it read. The next token comes from a table over (word, last token).
+An image is Gaussian around the word's row of a second table, and for a Gaussian the velocity of the
+flow is known in closed form. So a test can check what training should reach.
 """
 
 from __future__ import annotations
@@ -11,85 +12,154 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agents.models.seam import UnifiedModel
+from agents.models.base import UnifiedModel
 
 
-def gaussian_velocity(x: Tensor, t: Tensor, mean: Tensor, spread: float) -> Tensor:
-    """E[noise - x_0 | x_t = x] for x_0 ~ N(mean, spread^2) and x_t = (1 - t) x_0 + t noise.
+def gaussian_velocity(x: Tensor, t: Tensor, mean: Tensor, std: float) -> Tensor:
+    """Compute E[noise - x_0 | x_t = x] for x_0 ~ N(mean, std^2) and x_t = (1 - t) x_0 + t noise.
 
     Args:
-        x, mean: `[N, L, C]`.
-        t: `[N]`, 1 is noise.
+        x: `[N, L, C]` float32.
+        t: `[N]` float32; 1 is noise.
+        mean: `[N, L, C]` float32.
+        std: the standard deviation of every value of x_0.
+
+    Returns:
+        `[N, L, C]` float32.
     """
+    # [N] -> [N, 1, 1]
     t = t[:, None, None]
-    variance = (1 - t) ** 2 * spread**2 + t**2
-    return (t - (1 - t) * spread**2) / variance * (x - (1 - t) * mean) - mean
+    # x_t is Gaussian with mean (1 - t) * mean and this variance; regress noise - x_0 on it.
+    variance = (1 - t) ** 2 * std**2 + t**2
+    return (t - (1 - t) * std**2) / variance * (x - (1 - t) * mean) - mean
 
 
 @dataclass
 class ToyContext:
-    """The last word and the last token of each row, `[N]` int64."""
+    """What a `ToyModel` remembers of each row. It is a `Context`.
+
+    Attributes:
+        word: `[N]` int64, the last word.
+        last: `[N]` int64, the last token, be it a word or a mark.
+    """
 
     word: Tensor
     last: Tensor
 
     @property
     def batch_size(self) -> int:
+        """The number of rows."""
         return len(self.word)
 
     def select(self, rows: Tensor) -> ToyContext:
+        """Take rows by index `[M]` int64; repeats are allowed."""
         return ToyContext(self.word[rows], self.last[rows])
 
-    def repeat(self, times: int) -> ToyContext:
+    def repeat_interleave(self, times: int) -> ToyContext:
+        """Repeat each row `times` times: row 0, row 0, ..., row 1, row 1, ..."""
         return ToyContext(self.word.repeat_interleave(times), self.last.repeat_interleave(times))
 
     def detach(self) -> ToyContext:
+        """Give the context itself: tokens have no gradient."""
         return self
 
 
 @dataclass(frozen=True)
 class ToyConfig:
-    """Sizes of a `ToyModel`; tokens below `first_word` are marks. `spread` is the std of its pictures."""
+    """Sizes of a `ToyModel`.
+
+    Attributes:
+        vocab_size: the number of tokens.
+        first_word: tokens below this one are marks, the others are words.
+        latent_tokens: latent tokens of an image.
+        latent_dim: values of each of them.
+        std: the standard deviation of the model's images around their mean.
+        processor: the name of the model's processor, see `UnifiedModel.processor`.
+    """
 
     vocab_size: int = 5
     first_word: int = 3
     latent_tokens: int = 1
     latent_dim: int = 12
-    spread: float = 0.25
+    std: float = 0.25
+    processor: str = "toy"
 
 
 class ToyModel(UnifiedModel[ToyContext]):
-    """Two tables, at zero when new: any token is as likely as any other, pictures are middle grey."""
+    """Two tables. They are zero in a new model: all tokens are equally likely, images are grey.
+
+    Args:
+        config: the sizes.
+
+    Attributes:
+        words: `[V, V, V]` float32, logits of the next token by last word and last token.
+        images: `[V, L, C]` float32, the mean latent by last word.
+    """
 
     config_class = ToyConfig
 
     def __init__(self, config: ToyConfig = ToyConfig()) -> None:
         super().__init__()
         self.config = config
-        self.words = nn.Parameter(torch.zeros(config.vocab_size, config.vocab_size, config.vocab_size))
-        self.pictures = nn.Parameter(torch.zeros(config.vocab_size, config.latent_tokens, config.latent_dim))
+        size = config.vocab_size
+        # Zeros: every token is equally likely, so the entropy at the start is known.
+        self.words = nn.Parameter(torch.zeros(size, size, size))
+        self.images = nn.Parameter(torch.zeros(size, config.latent_tokens, config.latent_dim))
 
-    def parameter_lists(self) -> dict[str, list[nn.Parameter]]:
-        return {"text": [self.words], "image": [self.pictures]}
+    @property
+    def vocab_size(self) -> int:
+        """See `UnifiedModel`."""
+        return self.config.vocab_size
 
-    def start(self, batch_size: int) -> ToyContext:
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """See `UnifiedModel`."""
+        return self.config.latent_tokens, self.config.latent_dim
+
+    def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
+        """See `UnifiedModel`."""
+        return {"text": [self.words], "image": [self.images]}
+
+    def empty_context(self, batch_size: int) -> ToyContext:
+        """See `UnifiedModel`."""
+        # Token 0 is a mark, so it never counts as a word.
         nothing = torch.zeros(batch_size, dtype=torch.int64, device=self.words.device)
         return ToyContext(nothing, nothing)
 
-    def read_text(
-        self, context: ToyContext, ids: Tensor, mask: Tensor | None = None, *, last_only: bool = False
+    def append_text(
+        self,
+        context: ToyContext,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        last_only: bool = False,
     ) -> tuple[Tensor, ToyContext]:
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        words, lasts = [], []
-        word, last = context.word, context.last
+        """See `UnifiedModel`."""
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        # The state after the tokens so far, each [N]; the lists keep it after every token.
+        word = context.word
+        last = context.last
+        words = []
+        lasts = []
         for column in range(ids.shape[1]):
-            token, counts = ids[:, column], mask[:, column]
+            # [N]
+            token = ids[:, column]
+            counts = mask[:, column]
+            # A mark changes `last` alone; padding changes neither.
             word = torch.where(counts & (token >= self.config.first_word), token, word)
             last = torch.where(counts, token, last)
             words.append(word)
             lasts.append(last)
-        logits = self.words[word, last].unsqueeze(1) if last_only else self.words[torch.stack(words, 1), torch.stack(lasts, 1)]
+        if last_only:
+            # [N, V] -> [N, 1, V]; padding has left the state as it was at the last unmasked token.
+            logits = self.words[word, last].unsqueeze(1)
+        else:
+            # [N, T, V]
+            logits = self.words[torch.stack(words, 1), torch.stack(lasts, 1)]
         return logits, ToyContext(word, last)
 
-    def velocity(self, context: ToyContext, x: Tensor, t: Tensor) -> Tensor:
-        return gaussian_velocity(x, t, self.pictures[context.word], self.config.spread)
+    def predict_velocity(self, context: ToyContext, x: Tensor, t: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        # The mean of each row, [N, L, C], by its last word.
+        return gaussian_velocity(x, t, self.images[context.word], self.config.std)

@@ -1,64 +1,112 @@
-"""Registration, weights, components."""
+"""Names, lazy entries, plug-ins."""
+
+from importlib.metadata import EntryPoint
 
 import pytest
-import torch
 
-from rewards import EpisodeBatch, Registry, WeightedReward
-from rewards.registry import parse_weights
-
-
-def episodes(count=2):
-    return EpisodeBatch(["a"] * count, ["one two"] * count, torch.zeros(count, 3, 24, 24), [{}] * count)
+from rewards import Registry
+from rewards.registry import did_you_mean
 
 
-def test_a_name_is_taken_once_and_kept_as_given():
+def with_plugins(monkeypatch, **plugins):
+    """A registry whose entry points are these."""
+
+    def find(group):
+        return [EntryPoint(name, value, group) for name, value in plugins.items()]
+
+    monkeypatch.setattr("rewards.registry.entry_points", find)
+    return Registry("thing", entry_point_group="unigrpo.things")
+
+
+def test_a_name_is_taken_once():
     registry = Registry("thing")
     registry.add("One", 1)
     assert registry["One"] == 1
-    with pytest.raises(ValueError, match="already registered"):
+    with pytest.raises(ValueError, match="thing 'One' is already registered"):
         registry.add("One", 2)
-    with pytest.raises(ValueError, match="did you mean 'One'"):
+
+
+def test_names_are_case_sensitive():
+    registry = Registry("thing")
+    registry.add("One", 1)
+    assert "One" in registry
+    assert "one" not in registry
+    with pytest.raises(ValueError, match="unknown thing 'one'; did you mean 'One'"):
         registry["one"]
+
+
+def test_names_are_sorted():
+    registry = Registry("thing")
+    for name in ("b", "c", "a"):
+        registry.add(name, name.upper)
+    assert list(registry) == ["a", "b", "c"]
+
+
+def test_a_long_list_gives_way_to_the_proposal():
+    many = [f"name{number}" for number in range(20)]
+    assert did_you_mean("name77", many).startswith("did you mean 'name")
+    assert "Known" not in did_you_mean("name77", many)
+    assert did_you_mean("zzz", ["b", "a"]) == "Known: a, b"
+    assert did_you_mean("zzz", []) == "Known: none"
 
 
 def test_lazy_entries_load_on_first_use():
     registry = Registry("thing")
     registry.add("pi", "math:pi")
     assert 3.14 < registry["pi"] < 3.15
+    registry.add("missing", "no_such_module:thing")
+    assert list(registry) == ["missing", "pi"]
+
+
+def test_an_import_error_names_the_entry():
+    registry = Registry("thing")
+    registry.add("broken", "no_such_module:thing")
+    with pytest.raises(ModuleNotFoundError) as error:
+        registry["broken"]
+    assert "thing 'broken' was imported from 'no_such_module:thing'" in error.value.__notes__[0]
 
 
 def test_plugins_come_from_entry_points(monkeypatch):
-    from importlib.metadata import EntryPoint
-
-    monkeypatch.setattr("rewards.registry.entry_points", lambda group: [EntryPoint("tau", "math:tau", group)])
-    assert 6.28 < Registry("thing", entry_point_group="unigrpo.things")["tau"] < 6.29
-
-
-def test_weights_and_components():
-    reward = WeightedReward({"brevity": 3.0})
-    scores = reward(episodes())
-    assert scores.reward.tolist() == [1.0, 1.0]
-    assert scores.components["brevity"].tolist() == pytest.approx([1 / 3, 1 / 3])
-
-    def parts(batch):
-        return {"reward": [1.0, 2.0], "why": [5.0, 6.0]}
-
-    assert WeightedReward(parts)(episodes()).components["parts/why"].tolist() == [5, 6]
+    registry = with_plugins(monkeypatch, tau="math:tau")
+    assert 6.28 < registry["tau"] < 6.29
+    assert "tau" in registry
+    assert list(registry) == ["tau"]
 
 
-def test_components_need_a_reward():
-    with pytest.raises(ValueError, match="one of them to be 'reward'"):
-        WeightedReward(lambda batch: {"score": [1.0, 1.0]})(episodes())
+def test_a_plugin_takes_no_name_of_ours(monkeypatch):
+    registry = with_plugins(monkeypatch, tau="math:tau")
+    registry.add("tau", "math:pi")
+    assert registry["tau"] < 3.15
 
 
-def test_weights_in_words():
-    assert parse_weights("shapes") == {"shapes": 1.0}
-    assert parse_weights("0.5 * a + b+2*c") == {"a": 0.5, "b": 1.0, "c": 2.0}
-    with pytest.raises(ValueError, match="'x' is no number"):
-        parse_weights("x * a")
-    with pytest.raises(ValueError, match="unknown reward 'shaps'; did you mean 'shapes'"):
-        WeightedReward("shaps")
-    with pytest.raises(ValueError, match="finite weight"):
-        WeightedReward({"shapes": float("nan")})
-    with pytest.raises(ValueError, match="at least one reward"):
-        WeightedReward({})
+def test_describe_gives_first_lines():
+    registry = Registry("thing")
+
+    def documented():
+        """What it does.
+
+        And more.
+        """
+
+    registry.add("documented", documented)
+    registry.add("lazy", "json:loads")
+    registry.add("without", lambda: None)
+    described = registry.describe()
+    assert list(described) == ["documented", "lazy", "without"]
+    assert described["documented"] == "What it does."
+    assert described["lazy"].startswith("Deserialize")
+    assert described["without"] == ""
+
+
+def test_describe_skips_a_broken_plugin(monkeypatch):
+    plugins = {
+        "absent": "no_such_module:thing",
+        "attribute": "math:no_such_attribute",
+        "good": "json:loads",
+        "malformed": "!",
+    }
+    described = with_plugins(monkeypatch, **plugins).describe()
+    assert described["absent"] == "(cannot be imported: No module named 'no_such_module')"
+    assert "no_such_attribute" in described["attribute"]
+    assert described["malformed"].startswith("(cannot be imported: ")
+    assert described["good"].startswith("Deserialize")

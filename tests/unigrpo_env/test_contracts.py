@@ -2,154 +2,75 @@
 
 import dataclasses
 
-import gymnasium as gym
-import numpy as np
-import pytest
-from torchrl.envs import GymWrapper
-from torchrl.envs.utils import check_env_specs
-
-import unigrpo_env  # noqa: F401
-from unigrpo_env.env import InterleavedGenEnv
-from unigrpo_env.rendering import PAPER, enlarge
 from unigrpo_env.testing import VariantContract
-from unigrpo_env.variants import VARIANTS
-from unigrpo_env.vector import InterleavedGenVectorEnv
-
-IDS = sorted(name for name in gym.registry if name.startswith("unigrpo/"))
+from unigrpo_env.variants.variant import VARIANTS, make_variant
 
 
-class TestTextToImage(VariantContract):
-    def make_variant(self):
-        return VARIANTS["text_to_image"]()
+def made_from(name, **settings):
+    """A class of tests for one variant."""
+
+    class Contract(VariantContract):
+        def make_variant(self):
+            return make_variant(name, **settings)
+
+    return Contract
 
 
-class TestToy(VariantContract):
-    def make_variant(self):
-        return VARIANTS["toy"]()
+def brightness(episodes):
+    return episodes.images.mean((1, 2, 3))
 
 
-class TestWithoutThought(VariantContract):
-    def make_variant(self):
-        return VARIANTS["text_to_image"](text_budget=0)
+def half(episodes):
+    return [0.5] * len(episodes)
 
 
-class TestEdit(VariantContract):
-    def make_variant(self):
-        return VARIANTS["edit"]()
+class Replying(type(make_variant("dialogue").task)):
+    """Asks for a change of colour, until the second image."""
+
+    def reply(self, episodes):
+        return ["make" if len(drawn) < 2 else None for drawn in episodes.all_images]
 
 
-class TestEditWithTwoSources(VariantContract):
-    def make_variant(self):
-        return VARIANTS["edit"](source_images=2)
-
-
-class TestReflect(VariantContract):
-    def make_variant(self):
-        return VARIANTS["reflect"]()
-
-
-class TestStory(VariantContract):
-    def make_variant(self):
-        return VARIANTS["story"]()
-
-
-class TestStoryWithoutThought(VariantContract):
-    def make_variant(self):
-        return VARIANTS["story"](text_budget=0)
-
-
-class TestLongStory(VariantContract):
-    def make_variant(self):
-        return VARIANTS["story"](pictures=5, image_steps=2)
-
-
-class TestPaidOnTheWay(VariantContract):
-    def make_variant(self):
-        brightness = lambda episodes: episodes.images.mean((1, 2, 3))  # noqa: E731
-        return dataclasses.replace(
-            VARIANTS["story"](image_steps=4), thought_reward=lambda episodes: [0.5] * len(episodes), round_reward=brightness
-        )
-
-
-class TestDialogue(VariantContract):
-    def make_variant(self):
-        return VARIANTS["dialogue"]()
+TestTextToImage = made_from("text_to_image")
+TestToy = made_from("toy")
+TestEdit = made_from("edit")
+TestReflect = made_from("reflect")
+TestStory = made_from("story")
+TestDialogue = made_from("dialogue")
+TestWithoutThought = made_from("text_to_image", text_budget=0)
+TestTextAlone = made_from("text_to_image", image_budget=0, reward="brevity")
+TestTextAloneThatEnds = made_from("text_to_image", image_budget=0, may_end=True, reward=half)
+TestLastText = made_from("story", images=2, text_after_images=True)
+TestLastTextThatEnds = made_from("reflect", text_after_images=True)
+TestLeaving = made_from("text_to_image", may_end=True, end_before_image=True, lowest_reward=-1.0)
+TestEditOfTwo = made_from("edit", source_images=2)
+TestEditOfUpToTwo = made_from("edit", source_images=2, min_source_images=0)
+TestStoryWithoutThought = made_from("story", text_budget=0)
+TestLongStory = made_from("story", images=5, image_steps=2)
+TestSystemText = made_from("edit", system_prompt="a circle", prompt_budget=24)
+TestExplicitTimes = made_from("text_to_image", times=(1.0, 0.6, 0.0))
+TestReplies = made_from("dialogue", image_budget=3, task=Replying(), reward="extra_images")
+TestPaidOnTheWay = made_from("story", image_steps=4, thought_reward=half, round_reward=brightness)
 
 
 def test_every_variant_is_tested_here():
-    assert set(VARIANTS) == {"text_to_image", "edit", "reflect", "story", "dialogue", "toy"}
-    assert len(IDS) == len(list(VARIANTS))
+    tested = {"text_to_image", "edit", "reflect", "story", "dialogue", "toy"}
+    assert {*VARIANTS} == tested
 
 
-@pytest.mark.parametrize("env_id", IDS)
-def test_torchrl_takes_the_single_env(env_id):
-    check_env_specs(GymWrapper(gym.make(env_id), categorical_action_encoding=True))
+def test_a_broken_variant_breaks_its_contract():
+    variant = make_variant("text_to_image", image_steps=2)
 
+    class Dim(type(variant.processor)):
+        def decode_latents(self, latents):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().decode_latents(latents) * 0 + self.calls / 100
 
-@pytest.mark.parametrize("env_id", IDS)
-def test_make_vec(env_id):
-    env = gym.make_vec(env_id, num_envs=3)
-    observation, info = env.reset(seed=0)
-    assert observation["latent"].shape[0] == 3
-    assert len(info["prompts"]) == 3
-    assert env.observation_space.spaces["tokens"].shape == tuple(observation["tokens"].shape)
-
-
-def test_wrappers(tmp_path):
-    env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array")
-    env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.RecordVideo(env, str(tmp_path), disable_logger=True))
-    env.reset(seed=0)
-    ended, length = False, 0
-    while not ended:
-        _, reward, ended, _, info = env.step(env.action_space.sample())
-        length += 1
-    env.close()
-    assert info["episode"]["l"] == length
-    assert info["episode"]["r"] == reward
-    assert list(tmp_path.glob("*.mp4"))
-
-
-def test_a_time_limit_truncates_what_is_not_finished():
-    env = gym.wrappers.TimeLimit(gym.make("unigrpo/Story-v0", pictures=2, text_budget=0, image_steps=2), 3)
-    for _ in range(2):
-        observation, _ = env.reset(seed=0)
-        told = []
-        for _ in range(3):
-            observation, reward, *ended, _ = env.step({"token": 0, "latent": observation["latent"]})
-            told.append((reward, *ended))
-        assert told == [(0, False, False), (0, False, False), (0, False, True)], "the second picture is half drawn"
-
-
-def test_frames_show_the_picture_and_the_words():
-    for kind in (InterleavedGenEnv, InterleavedGenVectorEnv):
-        with pytest.raises(ValueError, match="expected render_mode 'rgb_array' or None, got 'human'"):
-            kind("toy", render_mode="human")
-    env = gym.make("unigrpo/TextToImage-v0", render_mode="rgb_array").unwrapped
-    env.reset(seed=0)
-    thinking = env.render()
-    while True:
-        (
-            observation,
-            *_,
-        ) = env.step(env.action_space.sample())
-        if observation["phase"] == 1:
-            break
-    drawing = env.render()
-    assert thinking.shape == drawing.shape == (272, 608, 3)
-    assert thinking.dtype == "uint8"
-    assert (thinking[20:250, 20:250] != drawing[20:250, 20:250]).mean() > 0.5
-
-
-@pytest.mark.parametrize("name", ["edit", "story"])
-def test_frames_show_the_last_picture_while_words_are_said(name):
-    env = InterleavedGenEnv(name, render_mode="rgb_array", text_budget=2, image_steps=1)
-    observation, _ = env.reset(seed=0)
-    shown = [env.render()[16:256, 16:256]]
-    for _ in range(3):
-        observation, *_ = env.step({"token": 10, "latent": observation["latent"] * 0})
-        shown.append(env.render()[16:256, 16:256])
-    (source,) = env.episodes.prompts[0].sources or (None,)
-    empty = np.full((238, 238, 3), PAPER, np.uint8)
-    first = empty if source is None else np.asarray(enlarge(source, 240))[1:-1, 1:-1]
-    assert [np.array_equal(frame[1:-1, 1:-1], first) for frame in shown] == [True, True, False, False]
-    assert (shown[3] == 128).all(), "grey was drawn, and is looked at"
+    dim = dataclasses.replace(variant, processor=Dim(), reward=brightness)
+    contract = VariantContract()
+    contract.make_variant = lambda: dim
+    try:
+        contract.test_same_seed_same_episode()
+    except AssertionError:
+        return
+    raise AssertionError("an env that is not reproducible passed")

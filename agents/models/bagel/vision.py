@@ -1,0 +1,198 @@
+"""BAGEL's vision encoder: SigLIP on patches, and a connector to the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SiglipVisionConfig
+from transformers.activations import ACT2FN
+from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of the vision encoder; the defaults are the release's.
+
+    Attributes:
+        hidden_size: width of the encoder.
+        intermediate_size: width of its MLPs.
+        num_hidden_layers: the number of its layers.
+        num_attention_heads: heads of its attention.
+        image_size: longest side of an image, in pixels; with `patch_size` it sets the side of the
+            encoder's position table.
+        min_size: `VisionEncoder.fit` enlarges the shorter side of a smaller image to this.
+        patch_size: side of a patch, in pixels.
+        layer_norm_eps: epsilon of all norms.
+        hidden_act: activation of the MLPs.
+        connector_act: activation of the connector.
+        max_patches: side of the language model's own table of patch positions.
+    """
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 16
+    image_size: int = 980
+    min_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+    connector_act: str = "gelu_pytorch_tanh"
+    max_patches: int = 70
+
+    def siglip(self) -> SiglipVisionConfig:
+        """Give the same sizes in the form that the parts from transformers take."""
+        config = SiglipVisionConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            layer_norm_eps=self.layer_norm_eps,
+            hidden_act=self.hidden_act,
+        )
+        # SiglipEncoder alone, outside its model, does not choose an attention by itself.
+        config._attn_implementation = "sdpa"
+        return config
+
+
+class _Embeddings(nn.Module):
+    """A linear map of patches, and a trained position table with a fixed stride."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        side = config.image_size // config.patch_size
+        self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(side**2, config.hidden_size)
+
+
+class _VisionModel(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = SiglipEncoder(config.siglip())  # type: ignore[arg-type]
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class VisionEncoder(nn.Module):
+    """Images to patch features, nested as the weight names of the release require.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_model = _VisionModel(config)
+
+    @property
+    def max_patches_per_side(self) -> int:
+        """The most patches a side for which both position tables have an entry."""
+        return min(self.config.image_size // self.config.patch_size, self.config.max_patches)
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Resize images to a size that `forward` takes.
+
+        The longer side is reduced to `image_size`, then the shorter side is enlarged to `min_size`,
+        then each is rounded to a multiple of the patch for which there are positions.
+
+        Args:
+            images: `[N, 3, height, width]` float32 in [0, 1].
+
+        Returns:
+            `[N, 3, new height, new width]` float32 in [-1, 1].
+        """
+        patch = self.config.patch_size
+        sides = images.shape[2:]
+        # An image is never enlarged by `shrink`, only by `min_size`.
+        shrink = min(self.config.image_size / max(sides), 1)
+        scale = max(shrink, self.config.min_size / min(sides))
+        fitting = []
+        for side in sides:
+            # At least one patch, however narrow the image is.
+            patches = max(1, round(side * scale / patch))
+            fitting.append(patch * min(patches, self.max_patches_per_side))
+        if fitting != list(sides):
+            images = F.interpolate(images, fitting, mode="bicubic", antialias=True).clamp(0, 1)
+        return images * 2 - 1
+
+    def patches(self, pixels: Tensor) -> Tensor:
+        """Cut images `[N, 3, height, width]` into patches.
+
+        Returns:
+            `[N, rows * columns, patch * patch * 3]`, features ordered (row, column, channel).
+        """
+        patch = self.config.patch_size
+        # Width is split first, so that axis 2 is still the height.
+        squares = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+        # [N, 3, rows, patch, columns, patch] -> [N, rows * columns, patch * patch * 3]
+        return squares.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def patch_positions(self, pixels: Tensor, stride: int) -> Tensor:
+        """Find the entry of each patch in a position table.
+
+        Args:
+            pixels: `[N, 3, height, width]`; only the size counts.
+            stride: columns of the table.
+
+        Returns:
+            `[rows * columns]` int64, `row * stride + column` of each patch.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch, or has more patches than the tables.
+        """
+        patch = self.config.patch_size
+        longest = self.max_patches_per_side * patch
+        height, width = pixels.shape[2:]
+        if height % patch or width % patch or max(height, width) > longest:
+            raise ValueError(
+                f"expected image sides that are multiples of {patch} up to {longest} pixels, "
+                f"got {height} x {width}; resize the image first, see VisionEncoder.fit"
+            )
+        # [rows, 1] * stride + [columns] -> [rows * columns]
+        rows = torch.arange(height // patch, device=pixels.device)
+        columns = torch.arange(width // patch, device=pixels.device)
+        return (rows[:, None] * stride + columns).flatten()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images; each attends to itself alone.
+
+        Args:
+            pixels: `[N, 3, height, width]` in [-1, 1], of a size as `fit` gives it.
+
+        Returns:
+            Features `[N, patches, hidden_size]`.
+        """
+        embeddings = self.vision_model.embeddings
+        # The encoder's own table; the language model's has `max_patches` columns.
+        stride = self.config.image_size // self.config.patch_size
+        positions = self.patch_positions(pixels, stride)
+        # [N, patches, patch * patch * 3] -> [N, patches, hidden_size]
+        hidden = embeddings.patch_embedding(self.patches(pixels))
+        hidden = hidden + embeddings.position_embedding(positions)
+        encoded = self.vision_model.encoder(inputs_embeds=hidden).last_hidden_state
+        return self.vision_model.post_layernorm(encoded)
+
+
+class Connector(nn.Module):
+    """A small MLP that maps features to the width of the language model.
+
+    Args:
+        config: the sizes of the vision encoder.
+        hidden_size: width of the language model.
+    """
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, hidden_size)
+        self.act = ACT2FN[config.connector_act]
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `[..., config.hidden_size]` to `[..., hidden_size]`."""
+        return self.fc2(self.act(self.fc1(features)))

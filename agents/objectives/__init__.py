@@ -1,0 +1,1 @@
+"""What is minimised: equations as pure functions, and the loss module that joins them."""

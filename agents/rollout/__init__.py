@@ -1,0 +1,1 @@
+"""Env times policy: complete episodes as trajectories."""

@@ -1,0 +1,1 @@
+"""Training: building the parts, the loop, optimisation, checkpoints, supervised training."""

@@ -1,0 +1,72 @@
+"""Bounds of the settings, and rules that join several."""
+
+import math
+
+import pytest
+
+from agents.config import Config, load_config
+from agents.config.validation import check_setting
+
+
+@pytest.mark.parametrize(
+    ("rules", "good", "bad", "message"),
+    [
+        ({"at_least": 1}, 1, 0, "expected a.b >= 1, got 0"),
+        ({"above": 0}, 0.1, 0.0, "expected a.b > 0, got 0.0"),
+        ({"above": 0}, math.inf, math.nan, "expected a.b > 0, got nan"),
+        ({"between": (0, 1)}, 0.5, 1.0, "expected 0 < a.b < 1, got 1.0"),
+        ({"choices": ("x", "y")}, "x", "z", r"expected a.b to be one of \('x', 'y'\), got 'z'"),
+        ({"at_least": 2, "reason": "why"}, 2, 1, "expected a.b >= 2, got 1; why"),
+    ],
+)
+def test_check_setting(rules, good, bad, message):
+    check_setting("a.b", good, rules)
+    check_setting("a.b", None, rules)
+    with pytest.raises(ValueError, match=message):
+        check_setting("a.b", bad, rules)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.iterations=-1", "expected trainer.iterations >= 0, got -1"),
+        ("trainer.group_size=1", "judged against the others"),
+        ("algorithm.ratio=norn", "one of"),
+        ("algorithm.noise_level=0.0", "0 < algorithm.noise_level"),
+        ("algorithm.temperature=inf", "0 < algorithm.temperature < inf"),
+        ("algorithm.image_clip=1.0", "image_clip < 1"),
+        ("algorithm.kernel=sde", "'flow_sde', 'flow_cps', 'dance', 'ode'"),
+        ("algorithm.image_objective=ppo", "'flow_grpo', 'fpo', 'refl'"),
+        ("algorithm.advantage=onward", "'episode', 'reward_to_go'"),
+        ("algorithm.old_log_prob=both", "'rollout', 'recompute'"),
+        ("algorithm.text_clip_high=-2", "text_clip_high > 0"),
+        ("guidance.renorm=all", "'none', 'global'"),
+        ("trainer.dynamic_sampling=refill", "'keep', 'drop', 'replace'"),
+        ("model.dtype=float16", "'float32', 'bfloat16'"),
+    ],
+)
+def test_values_out_of_bounds(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config([override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.minibatches=3"], "multiple of minibatches x micro_batches = 3"),
+        (["algorithm.kernel=ode"], "stochastic algorithm.kernel"),
+        (["algorithm=fpo", "algorithm.latent_kl_weight=0.1"], "no stochastic steps"),
+        (["algorithm=flow_cps", "algorithm.noise_level=2"], r"\(0, 1\] for flow_cps"),
+        (["env.test_prompts=held_out.txt"], "expected env.prompts beside env.test_prompts"),
+    ],
+)
+def test_values_that_do_not_go_together(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(overrides)
+
+
+def test_settings_made_in_python_are_checked():
+    settings = Config().trainer
+    settings.groups = 0
+    with pytest.raises(ValueError, match=r"trainer\.groups >= 1"):
+        Config(trainer=settings)

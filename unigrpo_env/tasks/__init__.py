@@ -1,0 +1,1 @@
+"""Tasks: where prompts come from, and demonstrations of how to answer them."""

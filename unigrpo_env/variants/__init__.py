@@ -1,0 +1,1 @@
+"""Scenarios: what an episode may do, as data."""
