@@ -12,6 +12,15 @@ from agents.models.bagel.vision import VisionConfig
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where torch finds no accelerator."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
 @pytest.fixture
 def small_bagel() -> Bagel:
     """A small random model of the shapes world; its velocity head is not zero."""

@@ -10,6 +10,8 @@ from agents.models.bagel.model import Bagel
 from agents.models.toy import ToyConfig, ToyModel
 from agents.testing import ModelContract
 
+pytestmark = pytest.mark.slow
+
 
 class StubProcessor:
     """Decodes the latents of the small models as images."""
@@ -94,7 +96,7 @@ BROKEN = [
     (UnlistedWeights, "test_experts_list_all_parameters", r"in neither list: \['images'\]"),
     (UnlistedWeights, "test_gradient_reaches_listed_parameters", r"\['images'\]"),
     (DetachedVelocity, "test_gradient_reaches_listed_parameters", "'image' expert"),
-    (WrongVocabulary, "test_sizes_and_dtypes", "assert"),
+    (WrongVocabulary, "test_sizes_and_dtypes", None),
     (ReadsPadding, "test_save_and_load", "register the class first"),
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewards import REWARDS, EpisodeBatch, WeightedReward, register_reward
-from rewards.weighted_sum import parse_weights
+from rewards.weighted_sum import BUILT_IN, parse_weights
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,9 @@ def test_a_class_from_a_plugin_is_refused():
 
 
 def test_all_rewards_of_the_library_load():
-    for name, line in REWARDS.describe().items():
+    lines = REWARDS.describe()
+    for name in BUILT_IN:
+        line = lines[name]
         assert line, name
         assert "cannot be imported" not in line
         assert callable(REWARDS[name])

@@ -5,6 +5,8 @@ from chat_world import CASES
 
 from unigrpo_env.testing import VariantContract
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 class TestScenario(VariantContract):

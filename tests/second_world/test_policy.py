@@ -13,6 +13,8 @@ from agents.policy.sde import Window
 from agents.rollout.collector import Collector
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
+pytestmark = pytest.mark.slow
+
 NOISE_LEVEL = 0.8
 
 

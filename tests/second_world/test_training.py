@@ -15,6 +15,8 @@ from agents.training.supervised import lay_out, sample_losses
 from agents.training.trainer import Trainer
 from unigrpo_env.tasks.task import Demonstration, Prompt
 
+pytestmark = pytest.mark.slow
+
 SCENARIOS = ("text_to_image", "edit", "reflect", "story", "dialogue")
 
 

@@ -2,8 +2,12 @@
 
 import dataclasses
 
+import pytest
+
 from unigrpo_env.testing import VariantContract
 from unigrpo_env.variants.variant import VARIANTS, make_variant
+
+pytestmark = pytest.mark.slow
 
 
 def made_from(name, **settings):

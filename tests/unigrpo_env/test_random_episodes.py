@@ -18,6 +18,8 @@ from unigrpo_env.mdp.rules import Phase
 from unigrpo_env.variants.variant import VARIANTS, make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
+pytestmark = pytest.mark.slow
+
 SHAPES_VARIANTS = ("text_to_image", "edit", "reflect", "story", "dialogue")
 
 SETTINGS = {

@@ -8,6 +8,8 @@ import pytest
 import agents.cli.evaluate
 from agents.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def figures(monkeypatch, tmp_path):

@@ -11,6 +11,8 @@ import agents.cli.train
 from agents.cli import main
 from agents.config import save_settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):

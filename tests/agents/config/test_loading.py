@@ -12,6 +12,8 @@ from agents.config import (
 )
 from agents.config.loading import check_names
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [(group, option) for group in GROUPS for option in group_options(group)]
 
 

@@ -14,6 +14,8 @@ from agents.experiments.paper_tables import (
 )
 from agents.training.pretraining import STAGES
 
+pytestmark = pytest.mark.slow
+
 
 def job_of(key, budget=QUICK, root="x", seed=0):
     return Job(next(entry for entry in EXPERIMENTS if entry.key == key), seed, root, budget)

@@ -12,6 +12,8 @@ from agents.experiments.paper_page import write_page
 from agents.experiments.paper_tables import EXPERIMENTS, QUICK, Job, jobs
 from agents.experiments.runner import results, run_job, run_tables
 
+pytestmark = pytest.mark.slow
+
 
 def job_of(key, root):
     return Job(next(entry for entry in EXPERIMENTS if entry.key == key), 0, str(root), QUICK)

@@ -10,6 +10,8 @@ from agents.objectives.loss import UniGRPOLoss, forward_points, window_flow_loss
 from agents.objectives.refl import LatentScore
 from agents.policy.evaluate import evaluate_actions
 
+pytestmark = pytest.mark.slow
+
 LOSSES = ("loss_text", "loss_image", "loss_velocity", "loss_kl")
 PENALTIES = {"velocity_weight": 1.0, "latent_kl_weight": 1.0, "text_kl_weight": 1.0}
 

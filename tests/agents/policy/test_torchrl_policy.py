@@ -16,6 +16,8 @@ from unigrpo_env.mdp.rules import Phase
 from unigrpo_env.torchrl_env import InterleavedGenTorchRLEnv
 from unigrpo_env.variants.variant import make_variant
 
+pytestmark = pytest.mark.slow
+
 WINDOW = Window(1, 0, 3)
 
 

@@ -13,6 +13,8 @@ from agents.reporting.metrics import METRICS
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import make_variant
 
+pytestmark = pytest.mark.slow
+
 
 def evaluation(reward, text="a thought", kind=None):
     metadata = {} if kind is None else {"kind": kind}

@@ -16,6 +16,8 @@ from unigrpo_env.torchrl_env import InterleavedGenTorchRLEnv
 from unigrpo_env.variants.variant import make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
+pytestmark = pytest.mark.slow
+
 ROWS = 4
 SIZE = 2
 SEED = 11

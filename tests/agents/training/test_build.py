@@ -15,6 +15,8 @@ from unigrpo_env.tasks.prompt_file import PromptFile
 from unigrpo_env.tasks.shapes.processor import ShapesProcessor
 from unigrpo_env.variants.toy import ToyProcessor
 
+pytestmark = pytest.mark.slow
+
 MODULE = "import builtins\nbuiltins.imported_count = getattr(builtins, 'imported_count', 0) + 1\n"
 
 

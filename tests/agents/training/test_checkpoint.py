@@ -24,6 +24,8 @@ from agents.training.optimization import Optimization
 from agents.training.run import run
 from agents.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 RUNS = [
     ("small_bagel", "reflect", "float32"),
     ("small_bagel", "dialogue", "float32"),

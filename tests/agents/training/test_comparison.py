@@ -5,6 +5,8 @@ import torch
 
 from rewards import UnscoredError, WeightedReward
 
+pytestmark = pytest.mark.slow
+
 NAN = torch.nan
 RAGGED = [[2, 2, 3], [0], [2, 1], [4, 3]]
 """Words before each image of four episodes of `reflect`; three of them stop early."""

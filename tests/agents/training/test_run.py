@@ -23,6 +23,8 @@ from agents.training.run import StopSignals, run
 from agents.training.trainer import Trainer
 from rewards import REWARDS
 
+pytestmark = pytest.mark.slow
+
 TOY = [
     "env=toy",
     "model=toy",

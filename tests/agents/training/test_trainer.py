@@ -12,6 +12,8 @@ from agents.training.trainer import Trainer, derived_seed
 from rewards import UnscoredError, WeightedReward
 from unigrpo_env.variants.variant import VARIANTS, make_variant
 
+pytestmark = pytest.mark.slow
+
 LEARN = [
     "trainer.iterations=120",
     "trainer.groups=8",

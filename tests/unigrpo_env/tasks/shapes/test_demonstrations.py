@@ -25,6 +25,8 @@ from unigrpo_env.tasks.shapes.vocabulary import shapes_tokenizer
 from unigrpo_env.tasks.task import Prompt, demonstration_batch
 from unigrpo_env.variants.variant import make_variant
 
+pytestmark = pytest.mark.slow
+
 SCENARIOS = ["text_to_image", "edit", "reflect", "story", "dialogue"]
 
 
