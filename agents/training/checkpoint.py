@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 def _random_state() -> tuple[dict[str, Any], Tensor]:
     version, words, gauss = random.getstate()
-    name, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
-    numpy_state = [name, keys.tolist(), int(place), int(has_gauss), float(cached)]  # type: ignore[union-attr]
+    legacy = cast(tuple[Any, ...], np.random.get_state(legacy=True))
+    name, keys, place, has_gauss, cached = legacy
+    numpy_state = [name, keys.tolist(), int(place), int(has_gauss), float(cached)]
     state = {"python": [version, list(words), gauss], "numpy": numpy_state}
     return state, torch.get_rng_state()
 
