@@ -1,6 +1,6 @@
 # make demo       train the shipped model and see it learn
 # make test       all tests
-# make test-fast  the quick ones: under a minute on two cores
+# make test-fast  the quick ones: about a minute on two cores
 # make check      what CI runs: format, lint, types, tests, doctests
 # make bench      speed, one JSON line a figure
 # make tables     every method of the paper on the shipped model; hours, resumable

@@ -33,6 +33,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
     By default observations are torch tensors (`legal_tokens` is bool), which Gymnasium's spaces do
     not count as their members. With `to_numpy=True` they are arrays, and with `inactive="ignore"`
     rows that have ended need no mask, so that Gymnasium's vector wrappers and a plain loop work.
+    `terminated` stays True after the end, so the totals of `RecordEpisodeStatistics` count a row in
+    every further step; what it reports in the step that ends a row is right.
 
     Args:
         variant: as for `InterleavedGenEnv`.
