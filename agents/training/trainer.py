@@ -76,8 +76,9 @@ class Trainer:
             torch.set_num_threads(config.trainer.threads)
         algorithm = config.algorithm
         if model is None:
-            model = build.build_model(config)
-        self.model = build.place_model(model, config)
+            self.model = build.build_model(config)
+        else:
+            self.model = build.place_model(model, config)
         self.processor = build.build_processor(config.env, self.model)
         self.variant = build.build_variant(config.env, self.processor)
         build.check_model_fits(self.model, self.variant.rules)
