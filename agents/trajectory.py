@@ -19,9 +19,10 @@ BATCH_SIZE = "batch_size"
 COMPONENT = "components."
 """Prefix under which it keeps the components of the reward."""
 RECORDED = (
-    "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob",
-    "window_latents", "window_means", "window_times", "images_drawn", "latent", "images",
-    "image_positions", "reward", "thought_reward", "round_reward", "group", "seed",
+    "prompt_tokens", "prompt_roles", "prompt_length", "tokens", "roles", "text_mask",
+    "chosen_mask", "log_prob", "window_latents", "window_means", "window_times", "images_drawn",
+    "latent", "images", "pixels", "image_positions", "reward", "thought_reward", "round_reward",
+    "group", "seed",
 )  # fmt: skip
 """The fields that every trajectory has; the others are the trainer's."""
 
@@ -36,9 +37,11 @@ class Trajectory(TensorClass):
 
     Attributes:
         prompt_tokens: `[P]`, what the model was given, padded with 0.
+        prompt_roles: `[P]`, who wrote each of them, a `Role`.
         prompt_length: `[]`, how many of them count.
         tokens: `[K]`, the stream after the prompt: thoughts with their opening tokens and, between
             images, what the env wrote.
+        roles: `[K]`, who wrote each of them, a `Role`.
         text_mask: `[K]`, which of `tokens` count.
         chosen_mask: `[K]`, which of them the policy chose. Forced ones and the env's are not.
         log_prob: `[K]`, of the chosen tokens by the policy that wrote them; 0 elsewhere.
@@ -47,7 +50,10 @@ class Trajectory(TensorClass):
         window_times: `[R, W + 1]`, flow times of `window_latents`, falling within each image.
         images_drawn: `[]`, images of the episode; the entries of further ones hold nothing.
         latent: `[L, C]`, the last finished image.
-        images: `[M, L, C]`, clean latents that were read, sources first.
+        images: `[M, L, C]`, clean latents that were read, sources first; without latent tokens
+            where the model read pixels alone.
+        pixels: `[M, 3, height, width]` uint8, what the model's vision encoder saw of them; of size
+            0 x 0 for a model without one.
         image_positions: `[M]`, where in prompt and tokens each of them stands; -1: nowhere.
         reward: `[]`, paid at the end; NaN where the episode could not be scored.
         thought_reward: `[R]`, what each thought was paid; 0 where nothing was.
@@ -67,8 +73,10 @@ class Trajectory(TensorClass):
     """
 
     prompt_tokens: Tensor
+    prompt_roles: Tensor
     prompt_length: Tensor
     tokens: Tensor
+    roles: Tensor
     text_mask: Tensor
     chosen_mask: Tensor
     log_prob: Tensor
@@ -78,6 +86,7 @@ class Trajectory(TensorClass):
     images_drawn: Tensor
     latent: Tensor
     images: Tensor
+    pixels: Tensor
     image_positions: Tensor
     reward: Tensor
     thought_reward: Tensor

@@ -112,7 +112,8 @@ class GruModel(UnifiedModel[GruContext]):
 
     def predict_velocity(self, context: GruContext, x: Tensor, t: Tensor) -> Tensor:
         seen = torch.cat([context.hidden, x.flatten(1), t[:, None]], 1)
-        return self.velocity(seen).view_as(x)
+        # The weights may be in bfloat16; velocities are float32.
+        return self.velocity(seen.to(context.hidden.dtype)).float().view_as(x)
 
 
 @register_model("gru")

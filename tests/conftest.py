@@ -5,9 +5,13 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from agents.models.bagel.model import Bagel, BagelConfig
+from agents.models.bagel.config import BagelConfig
+from agents.models.bagel.model import Bagel
 from agents.models.bagel.vision import VisionConfig
+from unigrpo_env.processor import register_processor
+from unigrpo_env.tasks.shapes.processor import ShapesProcessor
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -19,6 +23,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
+@register_processor("seen_shapes")
+class SeenShapesProcessor(ShapesProcessor):
+    """The shapes world for a model with a vision encoder."""
+
+    pixel_size = (16, 16)
+
+    def view_images(self, images):
+        seen = F.interpolate(images, self.pixel_size, mode="bilinear", antialias=True)
+        return (seen * 255).round().byte()
 
 
 @pytest.fixture
@@ -33,6 +48,7 @@ def small_bagel() -> Bagel:
         num_key_value_heads=2,
         rope_theta=1e3,
         z_channels=3,
+        downsampling=1,
         latent_patch_size=4,
         latent_height=6,
         latent_width=6,
@@ -53,11 +69,11 @@ def vision_bagel(small_bagel) -> Bagel:
         num_hidden_layers=1,
         num_attention_heads=2,
         image_size=16,
-        min_size=8,
         patch_size=8,
         max_patches=2,
     )
-    return _random(dataclasses.replace(small_bagel.config, vision=vision))
+    config = dataclasses.replace(small_bagel.config, vision=vision, processor="seen_shapes")
+    return _random(config)
 
 
 def _random(config: BagelConfig) -> Bagel:

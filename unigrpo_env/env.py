@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
@@ -45,6 +46,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     |---|---|---|
     | `phase` | int | 0 text, 1 image, 2 done (`Phase`) |
     | `tokens` | `(max_tokens,)` int64 | the prompt and all that follows it, padded |
+    | `roles` | `(max_tokens,)` int64 | who wrote each token: 0 system, 1 user, 2 model (`Role`) |
     | `num_tokens`, `prompt_length` | int | how many of them count; how many are the prompt |
     | `legal_tokens` | `(vocab_size,)` int8 | 1: may be sampled; padding outside the text phase |
     | `latent` | `(L, C)` float32 | x_t of the image; after it the last one drawn; 0 before |
@@ -52,6 +54,7 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     | `images_drawn` | int | finished images |
     | `t`, `next_t` | `(1,)` float32 in [0, 1] | flow time now and after the next step; 1 is noise |
     | `images` | `(M, L, C)` float32 | clean latents to be read, sources first; only where M > 0 |
+    | `pixels` | `(M, 3, h, w)` uint8 | what a vision encoder sees of them, where there is one |
     | `image_positions` | `(M,)` int64 | where in `tokens` each stands, -1: not there; likewise |
 
     M is the number of sources and of drawn images that text may follow. A token that is not legal
@@ -96,8 +99,17 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
     ) -> None:
         self.render_mode = check_render_mode(render_mode)
         self.episodes = Episodes(make_variant(variant, **arguments), rows=1)
-        self.observation_space: Dict = self.episodes.observation_space()
-        self.action_space = self.episodes.action_space()
+
+    # Made when they are asked for: the bounds of large latents and images take memory and time.
+    @cached_property
+    def observation_space(self) -> Dict:  # type: ignore[override]
+        """See the class."""
+        return self.episodes.observation_space()
+
+    @cached_property
+    def action_space(self) -> Dict:  # type: ignore[override]
+        """See the class."""
+        return self.episodes.action_space()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

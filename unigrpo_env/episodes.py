@@ -13,10 +13,10 @@ from gymnasium.error import ResetNeeded
 from torch import Tensor
 
 from rewards import EpisodeBatch
-from unigrpo_env.inputs import check_action, encode_prompt, encode_turn
+from unigrpo_env.inputs import check_action, encode_prompt, encode_turn, fit_sources
 from unigrpo_env.mdp.rules import Phase
 from unigrpo_env.mdp.state import EncodedPrompt, EpisodeState
-from unigrpo_env.mdp.transition import ActingRows, split_by_phase, transition
+from unigrpo_env.mdp.transition import ActingRows, View, split_by_phase, transition
 from unigrpo_env.scoring import Payment, Scorer
 from unigrpo_env.tasks.task import Prompt, join_thoughts, make_batch
 from unigrpo_env.variants.variant import Variant
@@ -49,7 +49,7 @@ class Episodes:
     Args:
         variant: the scenario and its parts.
         rows: N.
-        device: where the state lives.
+        device: where the large tensors live, see `EpisodeState`.
 
     Raises:
         ValueError: no rows.
@@ -66,13 +66,16 @@ class Episodes:
         self.prompts: list[Prompt | None] = [None] * rows
         self.unscored = torch.zeros(rows, dtype=torch.bool)
         self.begun = False
-        self.times = self.rules.time_tensor().to(device)
+        self.times = self.rules.time_tensor()
         # [image_steps + 1] like `times`; after the last step the time stays 0.
         self.next_times = torch.cat([self.times[1:], self.times[-1:]])
 
     def encode(self, prompt: Prompt) -> EncodedPrompt:
         """A prompt in tokens and latents; raises ValueError if the scenario does not take it."""
-        return encode_prompt(self.processor, self.rules, prompt, self.variant.system_prompt)
+        return self._encode(fit_sources(self.processor, self.rules, prompt))
+
+    def _encode(self, fitted: Prompt) -> EncodedPrompt:
+        return encode_prompt(self.processor, self.rules, fitted, self.variant.system_prompt)
 
     def reset(self, rows: Sequence[int], prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         """Begin `rows` anew. All prompts are checked before any row changes.
@@ -85,28 +88,30 @@ class Episodes:
         Raises:
             ValueError: a prompt that the scenario does not take.
         """
-        # Each prompt is encoded once, not once for every member of its group.
-        encoded: dict[int, EncodedPrompt] = {}
+        # Each prompt is encoded once, not once for every member of its group. Its sources are kept
+        # in the size of the images that are drawn, so that a reward can compare the two.
+        fitted: dict[int, Prompt] = {}
         for prompt in prompts:
-            if id(prompt) not in encoded:
-                encoded[id(prompt)] = self.encode(prompt)
+            if id(prompt) not in fitted:
+                fitted[id(prompt)] = fit_sources(self.processor, self.rules, prompt)
+        encoded = {key: self._encode(prompt) for key, prompt in fitted.items()}
         if not rows:
             return
         self.begun = True
-        index = torch.tensor(rows, device=self.state.phase.device)
+        index = torch.tensor(rows)
         in_order = [encoded[id(prompt)] for prompt in prompts]
         self.state.begin(index, self.rules, in_order, seeds)
         self.unscored[rows] = False
         for row, prompt in zip(rows, prompts, strict=True):
-            self.prompts[row] = prompt
+            self.prompts[row] = fitted[id(prompt)]
 
     def step(self, token: Tensor, next_latent: Tensor, active: Tensor) -> StepResult:
         """Check the action, advance the active rows, and pay what is due.
 
         Args:
-            token: `[N]` int64.
-            next_latent: `[N, L, C]` float32.
-            active: `[N]` bool, the rows that act.
+            token: `[N]` int64, on the CPU.
+            next_latent: `[N, L, C]` float32, on the device.
+            active: `[N]` bool, the rows that act, on the CPU.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -123,7 +128,7 @@ class Episodes:
         drawn_before = state.images_drawn
         if self.scorer.intermediate:
             drawn_before = drawn_before.clone()
-        ended = self._advance(token, next_latent, acting).cpu()
+        ended = self._advance(token, next_latent, acting)
         payment = self._pay(acting, drawn_before, ended)
         return self._result(payment, ended)
 
@@ -137,11 +142,21 @@ class Episodes:
             if (state.step[acting.image] == last_step).any():
                 saved = state.copy()
         try:
-            return transition(state, self.rules, token.long(), next_latent, acting, self._reply)
+            return transition(
+                state, self.rules, token.long(), next_latent, acting, self._reply, self._view
+            )
         except Exception:
             if saved is not None:
                 state.restore(saved)
             raise
+
+    @property
+    def _view(self) -> View | None:
+        """Shows drawn images to the model's vision encoder, where it has one."""
+        if not self.rules.has_pixels:
+            return None
+        processor = self.processor
+        return lambda latents: processor.view_images(processor.decode_latents(latents))
 
     def _pay(self, acting: ActingRows, drawn_before: Tensor, ended: Tensor) -> Payment:
         """Score the rows that are due: their thought, their image or their episode is complete."""
@@ -152,13 +167,13 @@ class Episodes:
         if self.scorer.intermediate:
             # A text that is closed has taken its row to the image phase.
             opens = state.phase[acting.text] == Phase.IMAGE
-            opened = acting.text[opens.nonzero()[:, 0]].cpu()
-            drawn = (state.images_drawn > drawn_before).nonzero()[:, 0].cpu()
+            opened = acting.text[opens.nonzero()[:, 0]]
+            drawn = (state.images_drawn > drawn_before).nonzero()[:, 0]
         due = len(ended) + len(opened) + len(drawn)
         # Most steps pay nothing.
         if due == 0:
             return Payment(torch.zeros(len(state.phase)))
-        return self.scorer.pay(self.batch, opened, drawn, ended, state.images_drawn.cpu())
+        return self.scorer.pay(self.batch, opened, drawn, ended, state.images_drawn)
 
     def _result(self, payment: Payment, ended: Tensor) -> StepResult:
         """Join what was paid with the rows that some reward could not score."""
@@ -207,12 +222,12 @@ class Episodes:
         """What each row has drawn and finished, in order, `[drawn, 3, height, width]`."""
         state = self.state
         first = self.rules.source_images
-        index = torch.tensor(list(rows), device=state.phase.device)
+        index = torch.tensor(list(rows))
         # [rows, rounds - 1] bool: the images that were put into the stream to be read.
         stored = state.image_positions[index, first:] >= 0
         drawn = state.images_drawn[index]
         # [rows, rounds, L, C]: those and, as the last, the current latent.
-        latents = torch.cat([state.images[index, first:], state.latent[index, None]], 1)
+        latents = torch.cat([self._drawn_before(index), state.latent[index, None]], 1)
         # The current latent is an image of its own if it is finished but not stored.
         has_more = drawn > stored.sum(1)
         finished = torch.cat([stored, has_more[:, None]], 1)
@@ -221,6 +236,13 @@ class Episodes:
         if finished.any():
             decoded = self.processor.decode_latents(latents[finished])
         return list(decoded.split(drawn.tolist()))
+
+    def _drawn_before(self, rows: Tensor) -> Tensor:
+        """What each row has drawn and may read, `[rows, rounds - 1, L, C]`."""
+        # An episode without images stores none of its own, and its sources may have no latents.
+        if self.rules.rounds == 1:
+            return self.state.latent[rows, None][:, :0]
+        return self.state.images[rows, self.rules.source_images :]
 
     def thoughts(self, rows: Sequence[int]) -> list[list[str]]:
         """What the model wrote before each of its images, and after the last if it went on."""
@@ -255,6 +277,7 @@ class Episodes:
         observation = {
             "phase": state.phase,
             "tokens": state.tokens,
+            "roles": state.roles,
             "num_tokens": state.num_tokens,
             "prompt_length": state.prompt_length,
             "legal_tokens": state.legal_tokens,
@@ -266,6 +289,8 @@ class Episodes:
         }
         if self.rules.stored_images:
             observation["images"] = state.images
+            if self.rules.has_pixels:
+                observation["pixels"] = state.pixels
             observation["image_positions"] = state.image_positions
         return observation
 
@@ -276,6 +301,7 @@ class Episodes:
         entries: dict[str, spaces.Space[Any]] = {
             "phase": spaces.Discrete(3),
             "tokens": spaces.Box(0, rules.vocab_size - 1, (rules.max_tokens,), dtype=np.int64),
+            "roles": spaces.Box(0, 2, (rules.max_tokens,), dtype=np.int64),
             "num_tokens": spaces.Discrete(rules.max_tokens + 1),
             "prompt_length": spaces.Discrete(rules.prompt_budget + 1),
             "legal_tokens": spaces.MultiBinary(rules.vocab_size),
@@ -287,7 +313,10 @@ class Episodes:
         }
         stored = rules.stored_images
         if stored:
-            entries["images"] = _unbounded((stored, *rules.latent_shape))
+            entries["images"] = _unbounded((stored, *rules.stored_shape))
+            if rules.has_pixels:
+                shape = (stored, 3, *rules.pixel_size)
+                entries["pixels"] = spaces.Box(0, 255, shape, dtype=np.uint8)
             entries["image_positions"] = spaces.Box(-1, rules.max_tokens, (stored,), dtype=np.int64)
         return spaces.Dict(entries)
 

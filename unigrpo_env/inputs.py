@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,9 +122,9 @@ def encode_prompt(
     """
     for text in (system_prompt, prompt.text):
         check_words(processor, text)
-    sources = encode_sources(processor, rules, prompt)
+    sources, pixels = encode_sources(processor, rules, prompt)
     tokens = processor.encode_prompt(
-        prompt.text, sources=len(sources), system=system_prompt, thinks=rules.text_budget > 0
+        prompt.text, sources=len(prompt.sources), system=system_prompt, thinks=rules.text_budget > 0
     )
     if len(tokens) > rules.prompt_budget:
         raise ValueError(
@@ -132,12 +133,19 @@ def encode_prompt(
         )
     # Without its mark in the stream a source would never be read.
     marks = [token for token in tokens if token == rules.image_id]
-    if len(marks) != len(sources):
+    if len(marks) != len(prompt.sources):
         raise ValueError(
             f"expected encode_prompt of {type(processor).__name__} to write image_id "
-            f"{rules.image_id} once for each of {len(sources)} sources, got {len(marks)} of them"
+            f"{rules.image_id} once for each of {len(prompt.sources)} sources, got {len(marks)} of "
+            "them"
         )
-    return EncodedPrompt(tokens, sources, encode_turns(processor, rules, prompt))
+    return EncodedPrompt(
+        tokens,
+        sources,
+        encode_turns(processor, rules, prompt),
+        pixels,
+        processor.system_length(system_prompt),
+    )
 
 
 def check_words(processor: Processor, text: str) -> None:
@@ -158,8 +166,8 @@ def check_words(processor: Processor, text: str) -> None:
         )
 
 
-def encode_sources(processor: Processor, rules: Rules, prompt: Prompt) -> Tensor:
-    """A prompt's images as clean latents, `[sources, L, C]` float32.
+def fit_sources(processor: Processor, rules: Rules, prompt: Prompt) -> Prompt:
+    """The prompt with its images in the processor's size; the prompt itself if it has none.
 
     Raises:
         ValueError: another number, shape, type or range than the scenario reads.
@@ -175,22 +183,45 @@ def encode_sources(processor: Processor, rules: Rules, prompt: Prompt) -> Tensor
             f"got {len(prompt.sources)}; give `Prompt(sources=...)`"
         )
     if not prompt.sources:
-        return torch.zeros(0, *rules.latent_shape)
+        return prompt
     for image in prompt.sources:
-        _check_source(image, (3, *processor.image_size))
+        _check_source(image, [3, *processor.image_size])
+    fitted = tuple(processor.fit_source(image.float()) for image in prompt.sources)
+    return replace(prompt, sources=fitted)
+
+
+def encode_sources(
+    processor: Processor, rules: Rules, prompt: Prompt
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt's images as the model reads them; they must have the processor's size.
+
+    Returns:
+        Clean latents `[sources, *rules.stored_shape]` float32; and what a vision encoder sees of
+        them, `[sources, 3, *rules.pixel_size]` uint8, or None without one.
+    """
+    count = len(prompt.sources)
+    latents = torch.zeros(count, *rules.stored_shape)
+    if count == 0:
+        return latents, None
     # [sources, 3, height, width]
     images = torch.stack(list(prompt.sources)).float()
-    return processor.encode_images(images)
+    # An image that is only to be understood needs no latent.
+    if latents.numel():
+        latents = processor.encode_images(images)
+    pixels = None
+    if rules.has_pixels:
+        pixels = processor.view_images(images)
+    return latents, pixels
 
 
-def _check_source(image: Any, expected: tuple[int, ...]) -> None:
-    is_tensor = isinstance(image, Tensor) and image.is_floating_point()
-    if not is_tensor or tuple(image.shape) != expected:
+def _check_source(image: Any, expected: list[int]) -> None:
+    is_image = isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3
+    if not is_image or not image.is_floating_point():
         got = type(image).__name__
         if isinstance(image, Tensor):
             got = f"{list(image.shape)} of {image.dtype}"
         raise ValueError(
-            f"expected source images as float tensors of shape {list(expected)} (RGB), got {got}; "
+            f"expected source images as float tensors of shape {expected} (RGB), got {got}; "
             "resize or convert them first"
         )
     in_range = image.isfinite().all() and image.min() >= 0 and image.max() <= 1

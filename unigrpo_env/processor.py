@@ -7,7 +7,8 @@ every scenario can be played by every model that brings one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import Tensor
@@ -30,6 +31,10 @@ class Processor(ABC):
         latent_shape: (latent tokens, values a token).
         image_size: (height, width) of a decoded image, in pixels.
         time_shift: shift of the grid of flow times towards noise, see `time_grid`.
+        pixel_size: (height, width) at which the model's vision encoder sees an image; None if it
+            has none.
+        scenario_defaults: budgets of a scenario that suit this backbone, used where the user gives
+            none: any of `prompt_budget`, `text_budget`, `turn_budget`, `image_steps`.
     """
 
     vocab_size: int
@@ -40,6 +45,8 @@ class Processor(ABC):
     latent_shape: tuple[int, int]
     image_size: tuple[int, int]
     time_shift: float = 3.0
+    pixel_size: tuple[int, int] | None = None
+    scenario_defaults: Mapping[str, int] = MappingProxyType({})
 
     @abstractmethod
     def encode_text(self, text: str) -> list[int]:
@@ -78,6 +85,59 @@ class Processor(ABC):
         raise NotImplementedError(
             f"{type(self).__name__} does not define encode_images, so its model reads no images"
         )
+
+    def fit_source(self, image: Tensor) -> Tensor:
+        """A source image in the size that this processor takes.
+
+        Args:
+            image: `[3, height, width]` float32 in [0, 1].
+
+        Returns:
+            `[3, *image_size]` float32 in [0, 1].
+
+        Raises:
+            ValueError: it has another size, and this backbone does not resize images.
+        """
+        expected = [3, *self.image_size]
+        if list(image.shape) != expected:
+            raise ValueError(
+                f"expected source images as float tensors of shape {expected} (RGB), got "
+                f"{list(image.shape)} of {image.dtype}; resize or convert them first"
+            )
+        return image
+
+    def view_images(self, images: Tensor) -> Tensor:
+        """What the model's vision encoder sees of images.
+
+        Args:
+            images: `[N, 3, *image_size]` float32 in [0, 1].
+
+        Returns:
+            `[N, 3, *pixel_size]` uint8, on the same device.
+
+        Raises:
+            NotImplementedError: the model has no vision encoder.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not define view_images, so its model sees no pixels"
+        )
+
+    def system_prompt(self, *, thinks: bool, draws: bool) -> str:
+        """The system text that this backbone was trained with; empty for none.
+
+        Args:
+            thinks: whether a thought comes before each image.
+            draws: whether the episode may draw at all.
+        """
+        return ""
+
+    def system_length(self, system: str) -> int:
+        """How many tokens at the beginning of a prompt are the system's."""
+        return 0
+
+    def opening_length(self, thinks: bool = True) -> int:
+        """How many tokens at the end of a prompt, or of a user's turn, open the thought."""
+        return 0
 
     def encode_turn(self, text: str, *, thinks: bool = True) -> list[int]:
         """Lay out what follows a drawn image when the user speaks, up to the next thought.

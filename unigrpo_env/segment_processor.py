@@ -12,29 +12,33 @@ from unigrpo_env.processor import Processor
 
 
 class SegmentProcessor(Processor):
-    """A tokenizer with `<bos>` and `<eos>`, and pixels for latents.
+    """A tokenizer with `<bos>` and `<eos>`; `<eos>` closes a thought and opens the image.
 
-    `<eos>` closes a thought and opens the image. Base class of the processors that come with the
-    library.
+    How images become latents is left to a subclass.
 
     Args:
-        tokenizer: of transformers; its vocabulary may have `<image>` and `<end>`.
-        latents: how images become latents.
+        tokenizer: of transformers; its vocabulary may have the two tokens below.
         vocab_size: of the model, at least the tokenizer's; further entries are never sampled.
+        image_token: stands in the stream for an image to be read.
+        end_token: ends the episode.
     """
 
-    def __init__(self, tokenizer: Any, latents: PixelLatents, vocab_size: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        *,
+        image_token: str = "<image>",
+        end_token: str = "<end>",
+    ) -> None:
         vocabulary = tokenizer.get_vocab()
         self.tokenizer = tokenizer
-        self.latents = latents
         self.vocab_size = vocab_size
         self.pad_id = tokenizer.pad_token_id
         self.bos_id = tokenizer.bos_token_id
         self.open_image_id = tokenizer.eos_token_id
-        self.image_id = vocabulary.get("<image>")
-        self.end_id = vocabulary.get("<end>")
-        self.latent_shape = latents.latent_shape
-        self.image_size = (latents.height, latents.width)
+        self.image_id = vocabulary.get(image_token)
+        self.end_id = vocabulary.get(end_token)
 
     def encode_text(self, text: str) -> list[int]:
         """See `Processor`."""
@@ -66,6 +70,16 @@ class SegmentProcessor(Processor):
             ids = [self.bos_id, self.open_image_id]
         return [*ids, *self.continuation_ids(thinks)]
 
+    def system_length(self, system: str) -> int:
+        """The system's segment stands first."""
+        if not system:
+            return 0
+        return len(self.encode_segment(system))
+
+    def opening_length(self, thinks: bool = True) -> int:
+        """`<bos>` of the thought."""
+        return len(self.continuation_ids(thinks))
+
     def encode_turn(self, text: str, *, thinks: bool = True) -> list[int]:
         """The user's segment, and `<bos>` of the next thought."""
         return [*self.encode_segment(text), *self.continuation_ids(thinks)]
@@ -88,6 +102,22 @@ class SegmentProcessor(Processor):
         """Words that are not in the vocabulary."""
         unknown = [self.tokenizer.unk_token_id]
         return [word for word in text.split() if self.encode_text(word) == unknown]
+
+
+class PixelProcessor(SegmentProcessor):
+    """The same layout with pixels for latents: base class of the worlds of this package.
+
+    Args:
+        tokenizer: see `SegmentProcessor`.
+        latents: how images become latents.
+        vocab_size: see `SegmentProcessor`.
+    """
+
+    def __init__(self, tokenizer: Any, latents: PixelLatents, vocab_size: int) -> None:
+        super().__init__(tokenizer, vocab_size)
+        self.latents = latents
+        self.latent_shape = latents.latent_shape
+        self.image_size = (latents.height, latents.width)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """See `Processor`."""

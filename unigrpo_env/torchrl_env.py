@@ -109,6 +109,7 @@ class InterleavedGenTorchRLEnv(EnvBase):
         entries = {
             "phase": Categorical(3, shape=shape),
             "tokens": self._integers(rules.vocab_size - 1, rules.max_tokens),
+            "roles": self._integers(2, rules.max_tokens),
             "num_tokens": self._integers(rules.max_tokens),
             "prompt_length": self._integers(rules.prompt_budget),
             "legal_tokens": Binary(shape=(*shape, rules.vocab_size), dtype=torch.bool),
@@ -122,8 +123,11 @@ class InterleavedGenTorchRLEnv(EnvBase):
         }
         stored = rules.stored_images
         if stored:
-            all_latents = (*shape, stored, *rules.latent_shape)
+            all_latents = (*shape, stored, *rules.stored_shape)
             entries["images"] = Unbounded(all_latents, dtype=torch.float32)
+            if rules.has_pixels:
+                all_pixels = (*shape, stored, 3, *rules.pixel_size)
+                entries["pixels"] = Bounded(0, 255, all_pixels, dtype=torch.uint8)
             entries["image_positions"] = self._integers(rules.max_tokens, stored, low=-1)
         for name in PAID:
             entries[name] = numbers.clone()
@@ -224,10 +228,11 @@ class InterleavedGenTorchRLEnv(EnvBase):
         for name in ("active", "_step"):
             mask = tensordict.get(name, None)
             if mask is not None:
-                acting = acting & mask.view(self.num_envs)
-        result = self.episodes.step(tensordict["token"], tensordict["next_latent"], acting)
+                acting = acting & mask.view(self.num_envs).cpu()
+        token = tensordict["token"].cpu()
+        result = self.episodes.step(token, tensordict["next_latent"], acting)
         output = self._output(result.paid, result.components)
-        ended = self.episodes.state.phase == Phase.DONE
+        ended = (self.episodes.state.phase == Phase.DONE).to(self.device)
         output["reward"] = self._column(result.reward)
         output["done"] = ended[:, None].clone()
         output["terminated"] = ended[:, None].clone()
@@ -238,7 +243,7 @@ class InterleavedGenTorchRLEnv(EnvBase):
         entries: dict[str, Any] = {}
         # The env's own are views of its state, which the next step overwrites.
         for name, value in self.episodes.observe().items():
-            entries[name] = value.clone()
+            entries[name] = value.to(self.device, copy=True)
         entries["seed"] = self._seeds.clone()
         entries["episode"] = self._numbers.clone()
         nothing = torch.zeros(self.num_envs)

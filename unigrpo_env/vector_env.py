@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from gymnasium.spaces import Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
@@ -44,7 +46,7 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
         to_numpy: observations, rewards and infos as NumPy arrays, in Gymnasium's own form.
         copy: False gives views of the state as observations, which is faster, but the next step
             overwrites them. Arrays are copies in any case.
-        device: where state, observations and `terminated` live; rewards are on the CPU.
+        device: where latents, images and the mask of legal tokens live; all else is on the CPU.
         arguments: as for `InterleavedGenEnv`.
 
     Raises:
@@ -78,10 +80,27 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
         # Arrays are always copies, see `_as_arrays`.
         self.copy = copy or to_numpy
         self.episodes = Episodes(make_variant(variant, **arguments), num_envs, device)
-        self.single_observation_space = self.episodes.observation_space()
-        self.single_action_space = self.episodes.action_space()
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    # Made when they are asked for: the bounds of N large latents and images take memory and time.
+    @cached_property
+    def single_observation_space(self) -> Dict:  # type: ignore[override]
+        """Of one row; see `InterleavedGenEnv`."""
+        return self.episodes.observation_space()
+
+    @cached_property
+    def single_action_space(self) -> Dict:  # type: ignore[override]
+        """Of one row; see `InterleavedGenEnv`."""
+        return self.episodes.action_space()
+
+    @cached_property
+    def observation_space(self) -> Space[Any]:  # type: ignore[override]
+        """Of all rows."""
+        return batch_space(self.single_observation_space, self.num_envs)
+
+    @cached_property
+    def action_space(self) -> Space[Any]:  # type: ignore[override]
+        """Of all rows."""
+        return batch_space(self.single_action_space, self.num_envs)
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -158,11 +177,11 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
         """
         phase = self.episodes.state.phase
         token, next_latent = split_action(actions)
-        token = torch.as_tensor(token, device=phase.device)
-        next_latent = torch.as_tensor(next_latent, device=phase.device)
+        token = torch.as_tensor(token, device="cpu")
+        next_latent = torch.as_tensor(next_latent, device=self.episodes.state.latent.device)
         if active is None:
             active = torch.ones(self.num_envs, dtype=torch.bool)
-        active = torch.as_tensor(active, device=phase.device)
+        active = torch.as_tensor(active, device="cpu")
         # A mask of another shape is left for `Episodes.step` to refuse.
         if self.inactive == "ignore" and active.shape == phase.shape:
             active = active & (phase != Phase.DONE)

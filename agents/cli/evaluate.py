@@ -58,9 +58,9 @@ def _evaluate(config: Config, best_of: int) -> dict[str, Any]:
     # Imported here, so that `--help` does not wait for torch.
     from rich.console import Console
 
-    from agents.training.trainer import Trainer
+    from agents.training.evaluator import Evaluator
 
-    trainer = Trainer(config)
+    evaluator = Evaluator(config)
     console = Console()
     figures: dict[str, Any] = {}
 
@@ -73,13 +73,13 @@ def _evaluate(config: Config, best_of: int) -> dict[str, Any]:
         console.print(line, highlight=False, soft_wrap=True)
 
     with console.status(f"{config.evaluation.prompts} prompts"):
-        sampled = trainer.evaluate()
+        sampled = evaluator.evaluate()
         _show("sampled", sampled)
-        _show("greedy", trainer.evaluate(greedy=True))
+        _show("greedy", evaluator.evaluate(greedy=True))
         # The sampled episodes above are attempt 0.
         for attempt in range(1, best_of):
             # [prompts] float32
-            reward = trainer.evaluate(attempt=attempt).reward
+            reward = evaluator.evaluate(attempt=attempt).reward
             # fmax takes the other number where one is NaN: an attempt that could not be scored.
             sampled = dataclasses.replace(sampled, reward=sampled.reward.fmax(reward))
         if best_of > 1:

@@ -11,7 +11,10 @@ from agents.cli.options import make_parser, positive_int
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
+    from agents.models.base import UnifiedModel
+    from agents.policy.guidance import Guidance
     from rewards import EpisodeBatch
     from unigrpo_env.processor import Processor
     from unigrpo_env.tasks.task import Prompt
@@ -32,18 +35,18 @@ def main(argv: Sequence[str]) -> None:
     from rich.console import Console
 
     from agents.evaluation.accuracy import evaluate
-    from agents.models.registry import load_model
     from agents.training.build import import_modules
     from unigrpo_env.rendering import read_image
     from unigrpo_env.tasks.task import Prompt
 
     import_modules(args.imports)
     console = Console()
-    model = load_model(args.model)
     # Each is [3, height, width] float32 in [0, 1].
     sources = tuple(read_image(path) for path in args.source)
+    model = _load(args, sources)
     prompt = Prompt(args.prompt, sources=sources, turns=tuple(args.turn))
-    variant = _make_variant(args.variant, model.processor, prompt, dict(args.set))
+    name = args.variant or ("edit" if sources else "text_to_image")
+    variant = _make_variant(name, model.processor, prompt, _scenario_settings(args))
     _warn_of_unknown_words(variant.processor, args.prompt, console)
     # The same prompt several times: episode i has the seed `args.seed + i`.
     found = evaluate(
@@ -53,19 +56,20 @@ def main(argv: Sequence[str]) -> None:
         temperature=args.temperature,
         image_steps=args.steps,
         seed=args.seed,
+        guidance=_guidance(args),
+        device=args.device,
     )
     for thoughts in found.thoughts:
         _print_thoughts(thoughts, args.turn, console)
-    _save(found, Path(args.out))
-    console.print(f"[bold]{args.out}[/bold]", highlight=False, soft_wrap=True)
+    for path in _save(found, Path(args.out)):
+        console.print(f"[bold]{path}[/bold]", highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("sample")
     parser.add_argument("prompt", help="what to draw, such as 'two red circles'")
-    parser.add_argument("--model", default="tiny", help="known model or folder [tiny]")
     parser.add_argument(
-        "--variant", default="text_to_image", help="registered variant [text_to_image]"
+        "--variant", help="registered variant [text_to_image, or edit where a source is given]"
     )
     parser.add_argument(
         "--source",
@@ -89,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER",
         help="setting of the variant, such as text_budget=64 (repeatable)",
     )
+    _add_sampling_options(parser)
+    _add_model_options(parser)
+    _add_guidance_options(parser)
+    return parser
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--think",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether a thought comes before each image",
+    )
     parser.add_argument(
         "--steps", type=positive_int, help="denoising steps; the variant's own if left out"
     )
@@ -102,7 +119,82 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", default="outputs/sample.png", help="file of the image [outputs/sample.png]"
     )
-    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="tiny", help="known model or folder [tiny]")
+    group.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the weights [the model's own]"
+    )
+    for side in ("height", "width"):
+        group.add_argument(
+            f"--{side}",
+            type=positive_int,
+            metavar="PIXELS",
+            help="of the image, where the model draws several sizes [that of the first source, or"
+            " the model's largest]",
+        )
+
+
+def _add_guidance_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("classifier-free guidance")
+    group.add_argument("--guidance", type=float, default=1.0, metavar="SCALE", help="1: off [1]")
+    group.add_argument(
+        "--image-guidance",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="away from what the words alone would give; 1: off [1]",
+    )
+    group.add_argument(
+        "--guidance-low",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="guidance acts at flow times above this [0]",
+    )
+    group.add_argument(
+        "--renorm",
+        default="global",
+        help="bound on the norm: none, global, channel or text_channel [global]",
+    )
+
+
+def _load(args: argparse.Namespace, sources: Sequence[Tensor]) -> UnifiedModel[Any]:
+    """The model, on its device and in its image size."""
+    import torch
+
+    from agents.models.registry import load_model
+
+    options: dict[str, Any] = {"device": args.device, "height": args.height, "width": args.width}
+    if args.dtype:
+        options["dtype"] = getattr(torch, args.dtype)
+    model: Any = load_model(args.model, **options)
+    given = args.height or args.width
+    if sources and not given and hasattr(model.processor, "source_size"):
+        # What is drawn has the size of what is edited.
+        height, width = model.processor.source_size(*sources[0].shape[1:])
+        model.set_image_size(height, width)
+    return model
+
+
+def _scenario_settings(args: argparse.Namespace) -> dict[str, int]:
+    settings = dict(args.set)
+    if not args.think:
+        settings["text_budget"] = 0
+    if len(args.source) > 1:
+        settings.setdefault("source_images", len(args.source))
+    return settings
+
+
+def _guidance(args: argparse.Namespace) -> Guidance | None:
+    from agents.policy.guidance import Guidance
+
+    if args.guidance <= 1:
+        return None
+    return Guidance(args.guidance, args.image_guidance, low=args.guidance_low, renorm=args.renorm)
 
 
 def _setting(text: str) -> tuple[str, int]:
@@ -168,14 +260,30 @@ def _print_thoughts(thoughts: Sequence[str], turns: Sequence[str], console: Cons
         console.print(line, highlight=False)
 
 
-def _save(found: Any, path: Path) -> None:
-    """Save a single image as it is, and anything more as a sheet with the thoughts."""
+def _save(found: Any, path: Path) -> list[Path]:
+    """Save a single image as it is, and anything more as a sheet with the thoughts.
+
+    A sheet shows images small; those that are larger are also saved one by one beside it.
+
+    Returns:
+        The files; none if nothing was drawn.
+    """
     from agents.reporting.contact_sheet import contact_sheet, panels
     from unigrpo_env.rendering import enlarge
 
+    if not any(len(images) for images in found.all_images):
+        return []
     path.parent.mkdir(parents=True, exist_ok=True)
+    # [3, height, width] each: a small image is enlarged, a large one stays as it is.
+    side = max(384, *found.images.shape[2:])
     if len(found.prompts) == 1 and len(panels(found, 0)) == 1:
-        # [3, height, width], its longer side enlarged to 384 pixels.
-        enlarge(found.images[0], 384).save(path)
-    else:
-        contact_sheet(found).save(path)
+        enlarge(found.images[0], side).save(path)
+        return [path]
+    contact_sheet(found).save(path)
+    files = [path]
+    if side > 384:
+        for episode, images in enumerate(found.all_images, 1):
+            for number, image in enumerate(images, 1):
+                files.append(path.with_stem(f"{path.stem}_{episode}_{number}"))
+                enlarge(image, side).save(files[-1])
+    return files

@@ -93,10 +93,19 @@ def save_settings(config: Config, path: Path) -> Path:
 
 def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """List every setting, as its dotted name and its dataclass field."""
+    yield from _settings_of(Config, "")
+
+
+def _settings_of(section: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     # Annotations are text in that module; `get_type_hints` gives the dataclasses.
-    for section, kind in get_type_hints(Config).items():
-        for entry in dataclasses.fields(kind):
-            yield f"{section}.{entry.name}", entry
+    kinds = get_type_hints(section)
+    for entry in dataclasses.fields(section):
+        name = f"{prefix}{entry.name}"
+        # A section may hold further sections.
+        if dataclasses.is_dataclass(kinds[entry.name]):
+            yield from _settings_of(kinds[entry.name], f"{name}.")
+        else:
+            yield name, entry
 
 
 def group_options(group: str) -> dict[str, str]:

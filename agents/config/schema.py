@@ -92,16 +92,54 @@ class EnvSettings:
 
 
 @dataclass
+class ExpertLora:
+    """The low-rank adapters of one expert."""
+
+    rank: int = setting(
+        0, "rank of the adapters; 0: none (the expert is frozen if the other has some)", at_least=0
+    )
+    alpha: float | None = setting(
+        None, "the adapters count alpha / rank; empty: twice the rank", above=0
+    )
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters, which are trained in place of the weights."""
+
+    text: ExpertLora = field(default_factory=ExpertLora)
+    image: ExpertLora = field(default_factory=ExpertLora)
+    targets: list[str] = setting(
+        [], "regular expressions of the layers that get adapters; empty: the model's own"
+    )
+
+
+@dataclass
 class ModelSettings:
     """The model that is trained."""
 
-    name: str = setting("tiny", "known model, or the folder of a saved one")
+    name: str = setting("tiny", "known model, or the folder of a saved one or of a release")
+    height: int | None = setting(
+        None, "height of the images in pixels; empty: the model's own", at_least=1
+    )
+    width: int | None = setting(
+        None, "width of the images in pixels; empty: the model's own", at_least=1
+    )
+    vision: bool = setting(True, "load the vision encoder, of a model that has one")
     dtype: str = setting(
         "float32",
-        "dtype of the model's computations (by autocast); the weights stay in float32",
+        "dtype of the weights and of the computations; weights that are trained are kept in"
+        " float32 beside it",
         choices=("float32", "bfloat16"),
     )
     device: str = setting("cpu", "device of the model and of the env")
+    max_rows: int | None = setting(
+        None, "images that the model denoises at once; empty: as many as fit", at_least=1
+    )
+    checkpointing: bool = setting(
+        False, "compute the activations of a layer again in the backward pass: less memory"
+    )
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
 
 @dataclass
@@ -230,6 +268,9 @@ class OptimizerSettings:
     eps: float = setting(1e-12, "small, because RatioNorm's gradients are")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "each expert's gradient is scaled down to this norm")
+    ema: float | None = setting(
+        None, "decay of an average of the weights, such as 0.99; empty: none", between=(0, 1)
+    )
 
 
 @dataclass
@@ -259,7 +300,8 @@ class TrainerSettings:
     max_collects: int = setting(4, "with replace: collections of an iteration, at most", at_least=1)
     micro_batches: int = setting(
         1,
-        "parts in which an update's gradient is summed up; changes memory, not the update",
+        "parts of an update's episodes, over which its gradient is summed up; changes memory, not"
+        " the update",
         at_least=1,
     )
     seed: int = setting(0, "all random numbers are drawn from it")
@@ -282,6 +324,12 @@ class EvaluationSettings:
         " variant's own)",
     )
     image_steps: int | None = setting(None, "denoising steps; empty: as in training")
+    batch_size: int = setting(
+        256, "episodes that are played at once; changes memory, not the result", at_least=1
+    )
+    ema: bool = setting(
+        False, "evaluate, sample and save at the end with the averaged weights (optimizer.ema)"
+    )
     every: int = setting(
         25, "iterations between evaluations in the run; 0: before and after it only"
     )

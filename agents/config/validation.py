@@ -20,14 +20,23 @@ def validate(config: Config) -> None:
         ValueError: a setting is out of its bounds, or two do not go together.
     """
     # Single settings first, so that the rules below see values in their bounds.
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for entry in dataclasses.fields(values):
-            name = f"{section.name}.{entry.name}"
-            check_setting(name, getattr(values, entry.name), entry.metadata)
+    _check_section(config, "")
     _check_groups(config)
     _check_prompts(config)
     _check_kernel(config)
+    _check_average(config)
+    _check_lora(config)
+
+
+def _check_section(section: Any, prefix: str) -> None:
+    for entry in dataclasses.fields(section):
+        name = f"{prefix}{entry.name}"
+        value = getattr(section, entry.name)
+        # A section may hold further sections.
+        if dataclasses.is_dataclass(value):
+            _check_section(value, f"{name}.")
+        else:
+            check_setting(name, value, entry.metadata)
 
 
 def check_setting(name: str, value: Any, rules: Mapping[str, Any]) -> None:
@@ -66,12 +75,17 @@ def check_setting(name: str, value: Any, rules: Mapping[str, Any]) -> None:
 
 def _check_groups(config: Config) -> None:
     trainer = config.trainer
-    # A group stays whole in a part, and all parts have the same size.
-    parts = trainer.minibatches * trainer.micro_batches
-    if trainer.groups % parts:
+    # A minibatch holds whole groups, and all of them have the same size.
+    if trainer.groups % trainer.minibatches:
         raise ValueError(
             f"expected trainer.groups={trainer.groups} to be a multiple of "
-            f"minibatches x micro_batches = {parts}"
+            f"trainer.minibatches={trainer.minibatches}"
+        )
+    episodes = trainer.groups // trainer.minibatches * trainer.group_size
+    if episodes % trainer.micro_batches:
+        raise ValueError(
+            f"expected the {episodes} episodes of a minibatch (groups / minibatches x group_size) "
+            f"to be a multiple of trainer.micro_batches={trainer.micro_batches}"
         )
 
 
@@ -102,4 +116,23 @@ def _check_kernel(config: Config) -> None:
     if algorithm.kernel == "flow_cps" and algorithm.noise_level > 1:
         raise ValueError(
             f"expected algorithm.noise_level in (0, 1] for flow_cps, got {algorithm.noise_level}"
+        )
+
+
+def _check_average(config: Config) -> None:
+    if config.evaluation.ema and config.optimizer.ema is None:
+        raise ValueError(
+            "expected optimizer.ema beside evaluation.ema=true, got none: without it no average "
+            "of the weights is kept; set optimizer.ema=0.99"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    lora = config.model.lora
+    # Without a rank there are no adapters, and what describes them would change nothing.
+    described = bool(lora.targets) or bool(lora.text.alpha) or bool(lora.image.alpha)
+    if described and not lora.text.rank and not lora.image.rank:
+        raise ValueError(
+            "expected model.lora.text.rank or model.lora.image.rank > 0 beside the other settings "
+            "of model.lora, got 0 for both; without a rank there are no adapters"
         )

@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from agents.models.context import Context
 from agents.storage import (
     CONFIG,
     WEIGHTS,
@@ -26,32 +27,11 @@ from agents.storage import (
     read_config,
     read_tensors,
     write_json,
-    write_tensors,
+    write_tensor_stream,
 )
 
 if TYPE_CHECKING:
     from unigrpo_env.processor import Processor
-
-
-class Context(Protocol):
-    """Everything that a model has read, one row an episode. Callers see nothing else of it."""
-
-    @property
-    def batch_size(self) -> int:
-        """The number of rows."""
-
-    def select(self, rows: Tensor) -> Self:
-        """Take rows by index, in a new context.
-
-        Args:
-            rows: `[M]` int64. Repeats are allowed: so the members of a group share one prompt.
-        """
-
-    def repeat_interleave(self, times: int) -> Self:
-        """Repeat each row `times` times: row 0, row 0, ..., row 1, row 1, ..."""
-
-    def detach(self) -> Self:
-        """Give the same context, cut from the autograd graph."""
 
 
 ContextT = TypeVar("ContextT", bound=Context)
@@ -64,12 +44,22 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         config_class: the frozen dataclass of the sizes.
         config: the sizes of this model. Its field `processor`, if there is one, names an entry of
             `unigrpo_env.processor.PROCESSORS`.
-        compute_dtype: the dtype of the methods' computations; weights keep their own.
+        lora_targets: regular expressions; adapters go by default into those linear layers whose
+            name matches one of them.
+        adapted_layers: names of the layers with adapters, by expert; None without adapters.
+        source: the name or folder that `load_model` took the model from; "" for another model.
+        checkpointing: keep no activations inside a layer for the backward pass, but compute them
+            again there. A model of one layer may ignore it.
+        max_rows: rows of one velocity forward, see `agents.policy.chunks`; None: as many as fit.
     """
 
     config_class: ClassVar[type]
+    lora_targets: ClassVar[tuple[str, ...]] = ("",)
     config: Any
-    compute_dtype: torch.dtype = torch.float32
+    adapted_layers: dict[str, list[str]] | None = None
+    source: str = ""
+    checkpointing: bool = False
+    max_rows: int | None = None
 
     @property
     @abstractmethod
@@ -124,15 +114,32 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         else:
             super().__setattr__(name, value)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in `compute_dtype` inside this context manager.
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
-        Each method enters it by itself, so that no cast weight outlives an update.
+    def cast_weights(self, dtype: torch.dtype) -> Self:
+        """Convert all floating weights, in place; computations run in their dtype.
+
+        Buffers keep theirs: rotary frequencies in bfloat16 would move every position. Adapters stay
+        in float32.
+
+        Args:
+            dtype: float32 or bfloat16.
+
+        Returns:
+            The model itself.
         """
-        # Autocast has no mode for float32; without it the dtype of the weights holds.
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(next(self.parameters()).device.type, self.compute_dtype)
+        kept: set[int] = set()
+        if self.adapted_layers is not None:
+            for weights in self.trainable_by_expert().values():
+                kept.update(id(weight) for weight in weights)
+        for parameter in self.parameters():
+            if parameter.is_floating_point() and id(parameter) not in kept:
+                # In place of `self.to(dtype)`, which converts buffers too.
+                parameter.data = parameter.data.to(dtype)
+        return self
 
     @abstractmethod
     def empty_context(self, batch_size: int) -> ContextT:
@@ -158,6 +165,51 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             one.
         """
 
+    def append_hidden(
+        self,
+        context: ContextT,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        roles: Tensor | None = None,
+    ) -> tuple[Tensor, ContextT]:
+        """Read text as `append_text` does, but leave the head of the model out.
+
+        A model with a large vocabulary defines this and `compute_logits`: logits of a long text are
+        then computed in parts. By default the states are the logits themselves.
+
+        Args:
+            context: what came before.
+            ids: `[N, T]` int64.
+            mask: `[N, T]` bool, as for `append_text`.
+            roles: `[N, T]` int64, a `Role` each. Only guidance tells them apart.
+
+        Returns:
+            States `[N, T, ...]`, of which `compute_logits` makes logits, and the grown context.
+        """
+        return self.append_text(context, ids, mask)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of states `[..., H]` that `append_hidden` gave, of any shape."""
+        return hidden
+
+    def reserve(self, context: ContextT, tokens: int, images: int) -> None:
+        """Make room in a context for what is still to be read; a hint that a model may ignore.
+
+        Args:
+            context: changed in place; it holds the same as before.
+            tokens: so many more of text, at most.
+            images: so many more, at most.
+        """
+
+    def velocity_bytes(self, context: ContextT) -> int:
+        """Memory that `predict_velocity` takes for one row beyond its context; 0 if unknown.
+
+        Args:
+            context: what was read.
+        """
+        return 0
+
     def append_image(
         self,
         context: ContextT,
@@ -170,11 +222,12 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         """Read finished images after `context`: sources, or what the model drew itself.
 
         A model that reads no images does not define this method. A model with a vision encoder
-        that is given no pixels decodes the latent with `self.processor.decode_latents`.
+        that is given no pixels takes them from its processor, which decodes the latent.
 
         Args:
             context: what came before.
-            latent: `[N, L, C]` float32, clean (t = 0).
+            latent: `[N, L, C]` float32, clean (t = 0); None for a model with a vision encoder that
+                is to read the pixels alone.
             pixels: `[N, 3, height, width]` float32 in [-1, 1], for a model with a vision encoder.
             mask: `[N]` bool, the rows that read; all if left out.
             with_grad: False computes the image's part of the context without gradient. What was in
@@ -213,8 +266,18 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
     def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
         """List every trainable parameter once: `{"text": [...], "image": [...]}`.
 
-        A learning rate or a freeze applies to one of the two lists.
+        A learning rate or a freeze applies to one of the two lists. A model need not know of
+        adapters, see `trainable_by_expert`.
         """
+
+    def trainable_by_expert(self) -> dict[str, list[nn.Parameter]]:
+        """List what training changes: the adapters alone where there are some, else all weights."""
+        if self.adapted_layers is None:
+            return self.parameters_by_expert()
+        # Imported here, because `lora` needs this module.
+        from agents.models.lora import adapters_by_expert
+
+        return adapters_by_expert(self)
 
     def frozen_copy(self) -> Self:
         """Make a deep copy that needs no gradient and shares the processor."""
@@ -229,15 +292,84 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
                 memo[id(processor)] = processor
         return copy.deepcopy(self, memo).requires_grad_(False)
 
+    def reference(self) -> UnifiedModel[ContextT]:
+        """The model as it is without its adapters, to be compared with while they are trained.
+
+        Returns:
+            With adapters a view of this model, which takes no memory; else a frozen copy.
+        """
+        if self.adapted_layers is None:
+            return self.frozen_copy()
+        from agents.models.reference import AdaptersOff
+
+        return AdaptersOff(self)
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config and weights to `folder`, which is made if it is missing; returns it."""
+        """Write the adapters alone, or else config and weights, as `load_model` reads them.
+
+        Args:
+            folder: made if it is missing.
+
+        Returns:
+            The folder.
+        """
+        from agents.models.adapter_files import save_adapters
+
         folder = Path(folder)
+        if self.adapted_layers is None:
+            self.write_weights(folder, self.state_dict().items())
+        else:
+            save_adapters(self, folder)
+        return folder
+
+    def load_saved(self, folder: str | Path) -> None:
+        """Fill this model in place with what its `save_pretrained` wrote.
+
+        Raises:
+            ValueError: a file is missing or damaged, or does not fit; nothing has changed then.
+        """
+        from agents.models.adapter_files import ADAPTER_CONFIG, load_adapters
+
+        folder = Path(folder)
+        has_adapters = self.adapted_layers is not None
+        if (folder / ADAPTER_CONFIG).is_file() != has_adapters:
+            raise ValueError(
+                f"expected {'adapters' if has_adapters else 'whole weights'} in {folder}, as this "
+                f"{type(self).__name__} has them, got none; were the settings of the adapters "
+                "others when it was saved?"
+            )
+        if has_adapters:
+            load_adapters(self, folder)
+        else:
+            load_weights(self, self.read_weights(folder), str(folder))
+
+    def write_weights(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Write config and whole weights; a model with a layout of its own overrides this.
+
+        Args:
+            folder: made if it is missing.
+            tensors: names as without adapters, and tensors; only one is in use at a time.
+        """
+        from agents.models.lora import base_tensors
+
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.state_dict(), folder / WEIGHTS)
+        own = base_tensors(self)
+        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}
+        write_tensor_stream(tensors, layout, folder / WEIGHTS)
         # The name of the class comes first: `load_model` finds the class by it.
         fields = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
         write_json(fields, folder / CONFIG)
-        return folder
+
+    def read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """Read what `write_weights` wrote, under the same names.
+
+        Args:
+            folder: holds a file of weights.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        return read_tensors(folder / WEIGHTS)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

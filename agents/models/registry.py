@@ -6,18 +6,21 @@ True
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from agents.models.adapter_files import ADAPTER_CONFIG, load_adapters
 from agents.models.base import UnifiedModel
-from agents.storage import read_config
+from agents.storage import read_config, read_json_object
 from rewards.registry import Registry, did_you_mean
 
 TINY = Path(__file__).parent / "tiny"
 """The folder of the shipped weights: a BAGEL of under a million parameters for the shapes world."""
 
-ModelFactory = Callable[[], UnifiedModel[Any]]
+ModelFactory = Callable[..., UnifiedModel[Any]]
 
 MODELS: Registry[ModelFactory] = Registry("model", entry_point_group="unigrpo.models")
 """Functions that make a model, by the name that the setting `model.name` may give."""
@@ -61,25 +64,79 @@ def register_model_class(cls: ClassT) -> ClassT:
     return cls
 
 
-def load_model(name: str) -> UnifiedModel[Any]:
-    """Load a registered model, or a folder that `save_pretrained` wrote.
+def load_model(name: str, **options: Any) -> UnifiedModel[Any]:
+    """Load a registered model, a released folder, or a folder that `save_pretrained` wrote.
 
     Args:
-        name: `tiny`, `toy`, another registered name, or a path.
+        name: `tiny`, `toy`, another registered name, or a path. A folder of adapters names the
+            model that they belong to.
+        **options: `dtype` and `device` of any model, and what the function of a registered model
+            or the released one (see `load_release`) takes. An option that is None counts as left
+            out.
+
+    Returns:
+        The model; its `source` is the name, with adapters that of the model they belong to.
 
     Raises:
         ValueError: it is neither a name nor a folder, or a folder that is damaged or holds the
-            model of another program.
+            model of another program; or the model does not take an option.
     """
-    if name in MODELS:
-        return MODELS[name]()
-    # A registered name comes before a folder of the same name.
+    given = {key: value for key, value in options.items() if value is not None}
     folder = Path(name)
+    # A registered name comes before a folder of the same name.
+    if name in MODELS:
+        return _make(MODELS[name], name, given)
     if not folder.is_dir():
         raise ValueError(
             f"{name!r} is neither a known model nor a folder; {did_you_mean(name, list(MODELS))}, "
             "or the path of a saved model"
         )
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _load_with_adapters(folder, given)
+    # Imported here, for the same reason as above.
+    from agents.models.bagel.release_files import has_release_files
+
+    # Before `config.json` is read: that of a release may be no JSON.
+    if has_release_files(folder):
+        from agents.models.bagel.release import load_release
+
+        return _make(functools.partial(load_release, folder), name, given)
     # The registry refuses an unknown name, and proposes names that are spelled alike.
     class_name = str(read_config(folder).get("model"))
-    return MODEL_CLASSES[class_name].from_pretrained(folder)
+    factory = functools.partial(MODEL_CLASSES[class_name].from_pretrained, folder)
+    return _make(factory, name, given)
+
+
+def _make(factory: ModelFactory, name: str, options: dict[str, Any]) -> UnifiedModel[Any]:
+    """Call a function that makes a model, with those options that it takes."""
+    taken = inspect.signature(factory).parameters
+    unknown = sorted(options.keys() - taken.keys() - {"dtype", "device"})
+    if unknown:
+        raise ValueError(
+            f"expected no option but dtype and device for the model {name!r}, got "
+            f"{', '.join(unknown)}; leave them out, or load a released BAGEL"
+        )
+    model = factory(**{key: value for key, value in options.items() if key in taken})
+    # A model that does not take these two itself is changed after it was made.
+    if "dtype" in options and "dtype" not in taken:
+        model.cast_weights(options["dtype"])
+    if "device" in options and "device" not in taken:
+        model.to(options["device"])
+    model.source = name
+    return model
+
+
+def _load_with_adapters(folder: Path, options: dict[str, Any]) -> UnifiedModel[Any]:
+    """Load the model that adapters belong to, and then them."""
+    base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base or (Path(base) / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"expected a model as 'base_model_name_or_path' in {folder / ADAPTER_CONFIG}, got "
+            f"{base!r}; write the name or the folder of a whole model there"
+        )
+    try:
+        model = load_model(base, **options)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds adapters of the model {base!r}: {error}") from error
+    load_adapters(model, folder)
+    return model

@@ -94,6 +94,9 @@ class UniGRPOLoss(LossModule):
         guidance: of the rollout; None for none, as in the paper.
         score: the differentiable reward, for ReFL alone.
 
+    Attributes:
+        uses_forward_points: whether the image expert learns at `forward_points`.
+
     Raises:
         ValueError: penalties without a reference, or refl without `score`.
     """
@@ -137,6 +140,8 @@ class UniGRPOLoss(LossModule):
         self.register_buffer("legal_tokens", legal_tokens.view(-1, legal_tokens.shape[-1]))
         self.guidance = guidance
         self.score = score
+        objective = self.settings.image_objective
+        self.uses_forward_points = bool(self.settings.image_weight) and objective == "fpo"
         self.log_ratio = ratio_norm
         if self.settings.ratio == "plain":
             self.log_ratio = plain_log_ratio
@@ -153,7 +158,7 @@ class UniGRPOLoss(LossModule):
         """The loss of a model that plays a variant, with all that it needs.
 
         Args:
-            model: the policy; a frozen copy of it becomes the reference, where one is needed.
+            model: the policy; `model.reference()` is the reference, where one is needed.
             variant: gives the legal tokens, and the reward for ReFL.
             settings: weights, clip ranges and choices.
             guidance: of the rollout.
@@ -161,7 +166,7 @@ class UniGRPOLoss(LossModule):
         settings = settings or AlgorithmSettings()
         reference = None
         if settings.needs_reference:
-            reference = model.frozen_copy()
+            reference = model.reference()
         device = next(model.parameters()).device
         legal = variant.rules.legal_by_round().to(device)
         score = None
@@ -192,6 +197,27 @@ class UniGRPOLoss(LossModule):
             with_velocity=penalised or learns_images,
             guidance=self.guidance,
         )
+
+    @torch.no_grad()
+    def recompute(self, episodes: Trajectory, *, log_probs: bool) -> None:
+        """Compute what the policy said before the first update, on the batches of the update.
+
+        Needed in bfloat16, where results depend on the batch shape, and for FPO, whose points are
+        not in the rollout.
+
+        Args:
+            episodes: N trajectories, changed in place.
+            log_probs: False leaves the log-probs of the rollout.
+        """
+        old = self.evaluate(self.model, episodes)
+        if log_probs:
+            episodes.log_prob = torch.where(episodes.chosen_mask, old.log_prob, 0)
+        if old.velocity is None:
+            return
+        if self.uses_forward_points:
+            episodes.flow_loss = window_flow_loss(episodes, old.velocity)
+        elif self.settings.kernel != "ode":
+            episodes.window_means, _ = self._means(episodes, old.velocity)
 
     def forward(self, tensordict: TensorDictBase | Trajectory) -> TensorDict:
         """Losses (to be summed and minimised) and detached metrics, all scalars.

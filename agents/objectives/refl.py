@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rewards import EpisodeBatch, UnscoredError, WeightedReward
@@ -30,6 +29,19 @@ class LatentScore:
         self.max_unscored = max_unscored
         self.reward = WeightedReward(self.name)
         self.prompts: list[Prompt] = []
+        self._images: int | None = None
+        self._unscored = 0
+
+    def begin(self, images: int) -> None:
+        """Say how many images follow, in one call or in several.
+
+        The share without a score is then one of all of them, so it does not depend on the split.
+
+        Args:
+            images: of the update.
+        """
+        self._images = images
+        self._unscored = 0
 
     def __call__(self, latents: Tensor, groups: Tensor) -> Tensor:
         """Rewards `[N]` float32 of latents.
@@ -44,25 +56,31 @@ class LatentScore:
         """
         scored = self._score(latents, groups)
         unknown = scored.isnan()
-        if unknown.any():
-            self._check_share(unknown)
-            known = (~unknown).nonzero()[:, 0]
-            # Scored again, so that no NaN is on the way of a gradient.
-            again = self._score(latents[known], groups[known])
-            scored = torch.zeros_like(scored).index_put((known,), again)
+        self._check_share(int(unknown.sum()), len(latents))
         if latents.requires_grad and not scored.requires_grad:
             raise ValueError(
                 f"expected a differentiable reward for refl, got {self.name!r}, which gives no "
                 "gradient; name one in algorithm.refl_reward, such as soft_shapes, for a processor "
                 "whose decode_latents keeps the gradient"
             )
+        if unknown.any():
+            known = (~unknown).nonzero()[:, 0]
+            # Zeros with a gradient, for a part of an update in which nothing has a score.
+            scored = 0 * latents.flatten(1).sum(1)
+            if len(known):
+                # Scored again, so that no NaN is on the way of a gradient.
+                again = self._score(latents[known], groups[known])
+                scored = scored.index_put((known,), again)
         return scored
 
-    def _check_share(self, unknown: Tensor) -> None:
-        share = float(unknown.float().mean())
-        if share == 1 or share > self.max_unscored:
+    def _check_share(self, unscored: int, images: int) -> None:
+        if self._images is not None:
+            self._unscored += unscored
+            unscored = self._unscored
+            images = self._images
+        if unscored and (unscored == images or unscored > self.max_unscored * images):
             raise UnscoredError(
-                f"{int(unknown.sum())} of {len(unknown)} images could not be scored by refl's "
+                f"{unscored} of {images} images could not be scored by refl's "
                 f"reward {self.name!r}: it returned NaN or infinity. Do the prompts say what it "
                 "needs? Mend it, or name another in algorithm.refl_reward"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.models.base import UnifiedModel
+from agents.policy.chunks import predict_velocity
 from agents.policy.context_cache import ContextCache
 from agents.policy.guidance import Guidance, guided
 from agents.policy.noise import EpisodeNoise
@@ -18,6 +19,8 @@ from agents.policy.tokens import token_log_probs
 from unigrpo_env.mdp.rules import Phase
 
 Observation = dict[str, Tensor]
+ON_DEVICE = {"legal_tokens", "latent", "images", "pixels"}
+"""Entries that the vector env keeps on its device; by all others the actor decides what to do."""
 
 
 @dataclass
@@ -25,9 +28,9 @@ class Decision:
     """What the actor chose for each row, and what a trainer wants to keep of it.
 
     Attributes:
-        active: `[N]` bool, the rows that it acted for; the others wait.
+        active: `[N]` bool, the rows that it acted for; the others wait. On the CPU, like `token`.
         token: `[N]` int64.
-        next_latent: `[N, L, C]` float32.
+        next_latent: `[N, L, C]` float32, on the device, like all that follows.
         log_prob: `[N]` float32, of the token; None in the image phase.
         mean: `[N, L, C]` float32, of the next latent; None in the text phase.
     """
@@ -60,7 +63,8 @@ class Actor:
         guidance: classifier-free guidance; None for none.
 
     Attributes:
-        window_start: `[N]` int64, the first stochastic step of each row; None before the first.
+        window_start: `[N]` int64, the first stochastic step of each row, on the CPU; None before
+            the first.
 
     Raises:
         ValueError: a negative temperature, or an unknown kernel.
@@ -107,6 +111,8 @@ class Actor:
         self._seeds = list(seeds)
         self.noise = None
         self.window_start = window_start
+        if window_start is not None:
+            self.window_start = window_start.cpu()
         # New weights, or new episodes: what was read is worth nothing.
         self.cache.clear()
 
@@ -120,6 +126,7 @@ class Actor:
         Raises:
             ValueError: another number of seeds than rows.
         """
+        observation = _with_numbers_on_cpu(observation)
         # Without seeds nobody has told the actor that episodes begin anew.
         if self._seeds is None:
             self._detect_reset(observation)
@@ -169,23 +176,27 @@ class Actor:
             last = observation["tokens"].shape[1] - 1
             # [N, 1] float64: a float32 sum over a large vocabulary would shift rare tokens.
             uniform = self.noise.token_uniform(length[:, None].clamp(max=last))
-            mass = log_probs.double().exp().cumsum(-1)
+            mass = log_probs.double().exp_().cumsum_(-1)
             # The first token whose cumulative mass reaches the uniform number.
-            token = (mass < uniform * mass[:, -1:]).sum(-1, keepdim=True)
-        self.cache.expect(token, active, length)
+            share = _on_device(uniform, mass.device)
+            token = (mass < share * mass[:, -1:]).sum(-1, keepdim=True)
         chosen = log_probs.gather(1, token)[:, 0]
+        # The one place where a step waits for the device.
+        token = token.cpu()
+        self.cache.expect(token, active, length)
         return Decision(active, token[:, 0], observation["latent"], log_prob=chosen)
 
     def _denoise(self, observation: Observation, active: Tensor) -> Decision:
         x = observation["latent"]
-        t = observation["t"][:, 0]
-        next_t = observation["next_t"][:, 0]
+        t = _on_device(observation["t"][:, 0], x.device)
+        next_t = _on_device(observation["next_t"][:, 0], x.device)
         # [N, L, C]
         velocity = self._velocity(x, t, active)
         inside = self._inside_window(observation["step"])
         if self.kernel is not None and inside is not None and bool(inside.any()):
             # Rows outside their window get noise level 0, which is the step of the ODE.
-            step = self.kernel(x, velocity, t, next_t, self.noise_level * inside)
+            level = _on_device(self.noise_level * inside, x.device)
+            step = self.kernel(x, velocity, t, next_t, level)
             mean = step.mean
             next_latent = step.sample(self._step_noise(observation))
         else:
@@ -200,9 +211,9 @@ class Actor:
         assert self.cache.context is not None
         # The whole context can be used as it is, without a copy of its rows.
         if bool(active.all()):
-            return self.model.predict_velocity(self.cache.context, x, t)
+            return predict_velocity(self.model, self.cache.context, x, t)
         rows, context = self.cache.rows(active)
-        velocity = self.model.predict_velocity(context, x[rows], t[rows])
+        velocity = predict_velocity(self.model, context, x[rows], t[rows])
         return torch.zeros_like(x).index_copy(0, rows, velocity)
 
     def _inside_window(self, step: Tensor) -> Tensor | None:
@@ -226,4 +237,19 @@ class Actor:
             images_before = (observation["image_positions"] >= 0).sum(1).tolist()
         size = self.window.size
         index = (observation["step"] - self.window_start).clamp(0, size - 1)
-        return self.noise.step_noise(images_before, index, size, x)
+        return self.noise.step_noise(images_before, _on_device(index, x.device), size, x)
+
+
+def _with_numbers_on_cpu(observation: Observation) -> Observation:
+    """The observation as the vector env gives it: all but `ON_DEVICE` on the CPU."""
+    if observation["phase"].device.type == "cpu":
+        return observation
+    moved = dict(observation)
+    for name in observation.keys() - ON_DEVICE:
+        moved[name] = observation[name].cpu()
+    return moved
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on the device of the model, without waiting for it."""
+    return tensor.to(device, non_blocking=True)

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from agents.models.base import Context, UnifiedModel
-from agents.policy.prefill import keep_logits, prompt_images, read_prompts
-from agents.policy.segments import ImageSegment, segments
+from agents.policy.prefill import (
+    Sources,
+    append_and_predict,
+    keep_logits,
+    read_prompts,
+)
+from agents.policy.segments import ImageSegment, image_inputs, segments
+from unigrpo_env.mdp.rules import Role
 
 
 class ContextCache:
@@ -29,6 +35,8 @@ class ContextCache:
         self._cached_tokens = torch.zeros(0)
         self._cached_length = torch.zeros(0)
         self._cached_images = torch.zeros(0)
+        # The observation's own tensor of images, and its version when it was compared.
+        self._compared: tuple[Tensor, int] | None = None
         self._expected_length = torch.zeros(0)
         self._pending: tuple[Tensor, Tensor] | None = None
         self._subset: tuple[Tensor, Tensor, Context] | None = None
@@ -55,7 +63,8 @@ class ContextCache:
             restarted = True
         if self._only_pending_is_new(observation):
             if self._pending is not None:
-                self._append(*self._pending)
+                ids, active = self._pending
+                self._append(ids, active, torch.full_like(ids, Role.MODEL))
             self._cached_length = self._expected_length
         else:
             if self._has_changed(observation):
@@ -92,7 +101,7 @@ class ContextCache:
         assert self.context is not None
         # A few rows that draw while others write keep a context of their own for all their steps.
         if self._subset is None or not torch.equal(self._subset[0], active):
-            index = active.nonzero()[:, 0]
+            index = active.nonzero()[:, 0].to(self.model.device)
             self._subset = active.clone(), index, self.context.select(index)
         return self._subset[1], self._subset[2]
 
@@ -103,16 +112,20 @@ class ContextCache:
         # Padding differs between observations of one prompt; zeros make equal prompts equal.
         beyond = torch.arange(longest, device=tokens.device) >= lengths[:, None]
         prompts = tokens[:, :longest].masked_fill(beyond, 0)
+        roles = observation["roles"][:, :longest]
         sources = None
-        positions = None
+        # Images that may still have to be read.
+        more_images = 0
         # Without images an empty tensor stands in their place: the walk needs no case for it.
         self._cached_images = tokens[:, :0]
         if "images" in observation:
-            self._cached_images = observation["images"].clone()
-            sources, positions = prompt_images(
-                observation["images"], observation["image_positions"], lengths
-            )
-        self.logits, self.context = read_prompts(self.model, prompts, lengths, sources, positions)
+            self._cached_images = _contents(observation).clone()
+            images, pixels = _images(observation)
+            sources = Sources.of(images, pixels, observation["image_positions"], lengths)
+            more_images = images.shape[1] - sources.positions.shape[1]
+        self.logits, self.context = read_prompts(self.model, prompts, lengths, roles, sources)
+        # Room for the whole episode at once, so that no token makes the cache grow.
+        self.model.reserve(self.context, tokens.shape[1] - longest, more_images)
         self._subset = None
         self._cached_tokens = tokens.clone()
         self._cached_length = lengths.clone()
@@ -127,7 +140,18 @@ class ContextCache:
         if "images" not in observation or self._pending is not None:
             # Between two tokens of a text no image can change.
             return True
-        return torch.equal(self._cached_images, observation["images"])
+        return self._has_same_images(_contents(observation))
+
+    def _has_same_images(self, contents: Tensor) -> bool:
+        compared = self._compared
+        # An env that hands out its own tensor, unchanged, needs no second comparison. That would
+        # make every denoising step wait for the device.
+        if compared is not None and compared[0] is contents and compared[1] == contents._version:
+            return True
+        if not torch.equal(self._cached_images, contents):
+            return False
+        self._compared = contents, contents._version
+        return True
 
     def _has_changed(self, observation: dict[str, Tensor]) -> bool:
         """Whether what was read is no longer what the observation says."""
@@ -143,29 +167,51 @@ class ContextCache:
         positions = observation["image_positions"]
         # [N, M]
         images_read = (positions >= 0) & (positions < length)
-        return bool((observation["images"] != self._cached_images)[images_read].any())
+        return bool((_contents(observation) != self._cached_images)[images_read].any())
 
     def _append_new_segments(self, observation: dict[str, Tensor]) -> None:
         """Read all that is new: text up to the next image, the image, and on."""
         tokens = observation["tokens"]
         count = observation["num_tokens"]
         positions = observation.get("image_positions", tokens[:, :0])
-        for part in segments(tokens, self._cached_length, count, positions):
+        roles = observation["roles"]
+        for part in segments(tokens, self._cached_length, count, positions, roles=roles):
             if not isinstance(part, ImageSegment):
-                self._append(part.ids, part.mask)
+                self._append(part.ids, part.mask, part.roles)
                 continue
             assert self.context is not None
             # A copy, because the env overwrites its own buffer in the next episode.
-            self._cached_images.copy_(observation["images"])
-            latents = observation["images"][part.rows, part.numbers]
-            self.context = self.model.append_image(self.context, latents, mask=part.reads)
+            self._cached_images.copy_(_contents(observation))
+            images, pixels = _images(observation)
+            place = part.rows, part.numbers
+            latent, seen = image_inputs(images[place], pixels[place])
+            reads = part.reads.to(self.model.device)
+            self.context = self.model.append_image(self.context, latent, seen, reads)
             self._subset = None
         self._cached_length = count.clone()
 
-    def _append(self, ids: Tensor, mask: Tensor) -> None:
+    def _append(self, ids: Tensor, mask: Tensor, roles: Tensor | None) -> None:
         if ids.shape[1] == 0:
             return
         assert self.context is not None
         self._subset = None
-        found, self.context = self.model.append_text(self.context, ids, mask, last_only=True)
+        found, self.context = append_and_predict(self.model, self.context, ids, mask, roles)
         self.logits = keep_logits(found, mask, self.logits)
+
+
+def _images(observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Stored latents `[N, M, L, C]` and pixels `[N, M, 3, height, width]`."""
+    images = observation["images"]
+    pixels = observation.get("pixels")
+    if pixels is None:
+        # The model has no vision encoder.
+        pixels = images.new_zeros(*images.shape[:2], 3, 0, 0, dtype=torch.uint8)
+    return images, pixels
+
+
+def _contents(observation: dict[str, Tensor]) -> Tensor:
+    """`[N, M, ...]`, equal for equal images: the latents, or the pixels where there are none."""
+    images, pixels = _images(observation)
+    if images.shape[2] == 0:
+        return pixels
+    return images

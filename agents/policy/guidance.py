@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.base import Context, UnifiedModel
+from unigrpo_env.mdp.rules import Role
 from unigrpo_env.processor import Processor
 
 RENORMS = {
@@ -29,13 +30,15 @@ RENORMS = {
 class Guidance:
     """Where and how strongly guidance acts.
 
-    With v_T the velocity that follows no text and v_I the one that follows no images:
+    With v_T the velocity without the user's text and the thoughts, and v_I the one without the
+    images and the thoughts:
 
         u = v_T + text_scale (v - v_T),   then   u = v_I + image_scale (u - v_I).
 
     Attributes:
         text_scale: 1 or less: no guidance at all.
-        image_scale: for rows that have read an image; 1 or less: images do not guide.
+        image_scale: 1 or less: v_I does not guide. Above 1 it guides even where no image was read:
+            away from what the words without the thought give.
         low: guidance acts at low < t <= high.
         high: see `low`.
         renorm: one of `RENORMS`; u is scaled by |v| / |u|, but by no less than `renorm_min` and no
@@ -71,27 +74,22 @@ class Guidance:
         without_text: Tensor,
         t: Tensor,
         without_image: Tensor | None = None,
-        has_image: Tensor | None = None,
     ) -> Tensor:
         """The guided velocity `[N, L, C]`; `velocity` itself where guidance does not act.
 
         Args:
             velocity: `[N, L, C]`, after all that was read.
-            without_text: `[N, L, C]`, after all but the text.
+            without_text: `[N, L, C]`, after the system's text and the images.
             t: `[N]`.
-            without_image: `[N, L, C]`, after all but the images.
-            has_image: `[N]` bool, the rows that images guide; all if left out.
+            without_image: `[N, L, C]`, after the system's text and the user's; None where images do
+                not guide.
         """
         # [N, L, C]: away from what the images alone would give.
         guided = without_text + self.text_scale * (velocity - without_text)
         if self.renorm == "text_channel":
             guided = self._limit_norm(guided, velocity, (-1,))
         if without_image is not None and self.image_scale > 1:
-            both = without_image + self.image_scale * (guided - without_image)
-            if has_image is not None:
-                # A row without an image has nothing to be guided away from.
-                both = torch.where(has_image[:, None, None], both, guided)
-            guided = both
+            guided = without_image + self.image_scale * (guided - without_image)
         if self.renorm == "global":
             guided = self._limit_norm(guided, velocity, (-2, -1))
         if self.renorm == "channel":
@@ -111,46 +109,43 @@ class GuidedContext:
 
     Attributes:
         full: of all that was read.
-        without_text: of the images alone.
-        without_image: of the text alone; None where images do not guide.
-        has_image: `[N]` bool, rows that have read an image.
+        without_text: of the system's text and the images.
+        without_image: of the system's text and the user's; None where it does not guide.
     """
 
     full: Context
     without_text: Context
     without_image: Context | None
-    has_image: Tensor
 
     @property
     def batch_size(self) -> int:
         """Rows."""
         return self.full.batch_size
 
-    def _map(self, change: Callable[[Any], Any], has_image: Tensor) -> GuidedContext:
+    def _map(self, change: Callable[[Any], Any]) -> GuidedContext:
         without_image = self.without_image
         if without_image is not None:
             without_image = change(without_image)
-        return GuidedContext(change(self.full), change(self.without_text), without_image, has_image)
+        return GuidedContext(change(self.full), change(self.without_text), without_image)
 
     def select(self, rows: Tensor) -> GuidedContext:
         """See `Context`."""
-        return self._map(lambda part: part.select(rows), self.has_image[rows])
+        return self._map(lambda part: part.select(rows))
 
     def repeat_interleave(self, times: int) -> GuidedContext:
         """See `Context`."""
-        has_image = self.has_image.repeat_interleave(times)
-        return self._map(lambda part: part.repeat_interleave(times), has_image)
+        return self._map(lambda part: part.repeat_interleave(times))
 
     def detach(self) -> GuidedContext:
         """See `Context`."""
-        return self._map(lambda part: part.detach(), self.has_image)
+        return self._map(lambda part: part.detach())
 
 
 class GuidedModel(UnifiedModel[GuidedContext]):
     """A model that draws under guidance; its text is the model's own.
 
     Where guidance acts a step takes a second forward, and with an image scale above 1 a third.
-    Images are read twice, and with that scale text too.
+    Images and the system's text are read twice, and with that scale the user's text too.
 
     Args:
         model: any `UnifiedModel`. Its weights stay its own.
@@ -161,6 +156,9 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         super().__init__()
         self.model = model
         self.guidance = guidance
+        # All branches of a row are computed one after the other, so one row takes no more memory.
+        self.max_rows = model.max_rows
+        self.checkpointing = model.checkpointing
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +170,11 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         """The model's."""
         return self.model.latent_shape
 
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
     def _find_processor(self) -> Processor | None:
         return self.model._find_processor()
 
@@ -180,12 +183,10 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         without_image = None
         if self.guidance.image_scale > 1:
             without_image = self.model.empty_context(batch_size)
-        device = next(self.parameters()).device
         return GuidedContext(
             self.model.empty_context(batch_size),
             self.model.empty_context(batch_size),
             without_image,
-            torch.zeros(batch_size, dtype=torch.bool, device=device),
         )
 
     def append_text(
@@ -196,13 +197,46 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         *,
         last_only: bool = False,
     ) -> tuple[Tensor, GuidedContext]:
-        """See `UnifiedModel`."""
+        """See `UnifiedModel`. The text counts as the user's; `append_hidden` takes roles."""
         logits, full = self.model.append_text(context.full, ids, mask, last_only=last_only)
+        return logits, self._append_to_branches(replace(context, full=full), ids, mask, None)
+
+    def append_hidden(
+        self,
+        context: GuidedContext,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        roles: Tensor | None = None,
+    ) -> tuple[Tensor, GuidedContext]:
+        """See `UnifiedModel`. Text of which no role is given counts as the user's."""
+        hidden, full = self.model.append_hidden(context.full, ids, mask, roles=roles)
+        return hidden, self._append_to_branches(replace(context, full=full), ids, mask, roles)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """The model's."""
+        return self.model.compute_logits(hidden)
+
+    def _append_to_branches(
+        self, context: GuidedContext, ids: Tensor, mask: Tensor | None, roles: Tensor | None
+    ) -> GuidedContext:
+        if mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        if roles is None:
+            roles = torch.full_like(ids, Role.USER)
+        # The system's text is no condition that could be left out.
+        without_text = self._append_part(context.without_text, ids, mask & (roles == Role.SYSTEM))
         without_image = context.without_image
         if without_image is not None:
-            # The branch without images reads the text too, or it would steer away from the text.
-            _, without_image = self.model.append_text(without_image, ids, mask, last_only=True)
-        return logits, replace(context, full=full, without_image=without_image)
+            # A thought may tell what an image shows, so it goes with the images.
+            without_image = self._append_part(without_image, ids, mask & (roles != Role.MODEL))
+        return replace(context, without_text=without_text, without_image=without_image)
+
+    def _append_part(self, context: Context, ids: Tensor, mask: Tensor) -> Context:
+        if not mask.any():
+            return context
+        _, grown = self.model.append_hidden(context, ids, mask)
+        return grown
 
     def append_image(
         self,
@@ -218,13 +252,17 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         def _append(part: Context) -> Context:
             return self.model.append_image(part, latent, pixels, mask, with_grad=with_grad)
 
-        reads = torch.ones_like(context.has_image) if mask is None else mask
         return replace(
-            context,
-            full=_append(context.full),
-            without_text=_append(context.without_text),
-            has_image=context.has_image | reads,
+            context, full=_append(context.full), without_text=_append(context.without_text)
         )
+
+    def reserve(self, context: GuidedContext, tokens: int, images: int) -> None:
+        """See `UnifiedModel`. The thoughts, which are long, are read by one part alone."""
+        self.model.reserve(context.full, tokens, images)
+
+    def velocity_bytes(self, context: GuidedContext) -> int:
+        """The model's, for its longest context."""
+        return self.model.velocity_bytes(context.full)
 
     def predict_velocity(self, context: GuidedContext, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`; guided, see `Guidance`."""
@@ -233,10 +271,10 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         if not self.guidance.is_active(t).any():
             return velocity
         without_image = None
-        if context.without_image is not None and context.has_image.any():
+        if context.without_image is not None:
             without_image = self.model.predict_velocity(context.without_image, x, t)
         without_text = self.model.predict_velocity(context.without_text, x, t)
-        return self.guidance.combine(velocity, without_text, t, without_image, context.has_image)
+        return self.guidance.combine(velocity, without_text, t, without_image)
 
     def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
         """The model's."""

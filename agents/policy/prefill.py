@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agents.models.base import Context, UnifiedModel
-from agents.policy.segments import ImageSegment, segments
+from agents.policy.segments import ImageSegment, image_inputs, segments
 
 
-def prompt_images(
-    images: Tensor, image_positions: Tensor, prompt_length: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The images that stand inside the prompt, `[N, S, L, C]`, and where, `[N, S]`.
+@dataclass(frozen=True)
+class Sources:
+    """The images inside prompts, S of each at most.
 
-    Args:
-        images: `[N, M, L, C]`, sources first.
-        image_positions: `[N, M]`, where in the stream each stands; -1: nowhere.
-        prompt_length: `[N]`.
+    Attributes:
+        latents: `[N, S, L, C]` float32.
+        pixels: `[N, S, 3, height, width]` uint8; see `image_inputs`.
+        positions: `[N, S]` int64, where in the prompt each stands; -1: nowhere.
     """
-    if images.shape[1] == 0:
-        return images, image_positions
-    # Drawn images stand behind the prompt, sources inside it.
-    within = (image_positions >= 0) & (image_positions < prompt_length[:, None])
-    most = int(within.sum(1).max())
-    return images[:, :most], image_positions[:, :most].masked_fill(~within[:, :most], -1)
+
+    latents: Tensor
+    pixels: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls, images: Tensor, pixels: Tensor, image_positions: Tensor, prompt_length: Tensor
+    ) -> Sources:
+        """Those of all stored images that stand inside the prompt.
+
+        Args:
+            images: `[N, M, L, C]`, sources first.
+            pixels: `[N, M, 3, height, width]`.
+            image_positions: `[N, M]`, where in the stream each stands; -1: nowhere.
+            prompt_length: `[N]`.
+        """
+        if images.shape[1] == 0:
+            return cls(images, pixels, image_positions)
+        # Drawn images stand behind the prompt, sources inside it.
+        within = (image_positions >= 0) & (image_positions < prompt_length[:, None])
+        most = int(within.sum(1).max())
+        positions = image_positions[:, :most].masked_fill(~within[:, :most], -1)
+        return cls(images[:, :most], pixels[:, :most], positions)
+
+    def contents(self) -> Tensor:
+        """`[N, ...]`, equal for equal images: the latents, or the pixels where there are none."""
+        if self.latents.shape[2] == 0:
+            return self.pixels.flatten(1)
+        return self.latents.flatten(1)
 
 
 def read_prompts(
     model: UnifiedModel[Any],
     ids: Tensor,
     lengths: Tensor,
-    sources: Tensor | None = None,
-    source_positions: Tensor | None = None,
+    roles: Tensor | None = None,
+    sources: Sources | None = None,
     *,
     with_grad: bool = True,
 ) -> tuple[Tensor, Context]:
@@ -44,20 +68,20 @@ def read_prompts(
         model: the model.
         ids: `[N, P]` int64, equal beyond `lengths` for equal prompts.
         lengths: `[N]` int64.
-        sources: `[N, S, L, C]`, clean latents of the images in the prompt; none if left out.
-        source_positions: `[N, S]` int64, where in `ids` each stands; -1: nowhere.
+        roles: `[N, P]` int64, a `Role` each, which guidance needs.
+        sources: the images in the prompts; none if left out.
         with_grad: whether gradients reach the reading of images.
 
     Returns:
         Logits after the prompt, `[N, 1, V]`, and a context of N rows.
     """
     key = ids
-    if sources is None or source_positions is None or sources.shape[1] == 0:
-        source_positions = ids[:, :0]
-    else:
+    positions = ids[:, :0]
+    if sources is not None and sources.positions.shape[1]:
+        positions = sources.positions
         # Which sources a prompt has is a part of what it is.
-        _, which = torch.unique(sources.flatten(1), dim=0, return_inverse=True)
-        key = torch.cat([which[:, None], ids], 1)
+        _, which = torch.unique(sources.contents(), dim=0, return_inverse=True)
+        key = torch.cat([which[:, None].to(ids.device), ids], 1)
     key = torch.cat([lengths[:, None], key], 1)
     # Length, sources and tokens together say which prompts are the same.
     unique, inverse = torch.unique(key, dim=0, return_inverse=True)
@@ -65,24 +89,58 @@ def read_prompts(
     rows = torch.arange(len(ids), device=ids.device)
     chosen = torch.zeros(len(unique), dtype=torch.int64, device=ids.device)
     chosen = chosen.scatter(0, inverse, rows)
+    device = model.device
     context = model.empty_context(len(unique))
     logits: Tensor | None = None
     start = torch.zeros_like(chosen)
-    for part in segments(ids[chosen], start, lengths[chosen], source_positions[chosen]):
+    if roles is not None:
+        roles = roles[chosen]
+    walk = segments(ids[chosen], start, lengths[chosen], positions[chosen], roles=roles)
+    for part in walk:
         if isinstance(part, ImageSegment):
             assert sources is not None
-            # [prompts, L, C]
-            latents = sources[chosen, part.numbers]
+            place = chosen, part.numbers
+            latent, pixels = image_inputs(sources.latents[place], sources.pixels[place])
             context = model.append_image(
-                context, latents, mask=_partial(part.reads), with_grad=with_grad
+                context, latent, pixels, partial_mask(part.reads, device), with_grad=with_grad
             )
         elif part.ids.shape[1]:
-            found, context = model.append_text(context, part.ids, part.mask, last_only=True)
+            found, context = append_and_predict(model, context, part.ids, part.mask, part.roles)
             logits = keep_logits(found, part.mask, logits)
     if logits is None:
         # No prompt has a word: nothing can be sampled from it, an image can only follow.
-        logits = torch.zeros(len(unique), 1, model.vocab_size, device=ids.device)
+        logits = torch.zeros(len(unique), 1, model.vocab_size, device=device)
+    inverse = inverse.to(device)
     return logits[inverse], context.select(inverse)
+
+
+def append_and_predict(
+    model: UnifiedModel[Any], context: Context, ids: Tensor, mask: Tensor, roles: Tensor | None
+) -> tuple[Tensor, Context]:
+    """Read a ragged text; the logits after each row's last token alone, and the grown context.
+
+    Args:
+        model: the model.
+        context: what came before.
+        ids: `[N, T]` int64, T at least 1.
+        mask: `[N, T]` bool, which of them count; they stand first.
+        roles: `[N, T]` int64, a `Role` each, which guidance needs.
+
+    Returns:
+        `[N, 1, V]` (of position 0 in a row without a token), and the context.
+    """
+    device = model.device
+    ids = ids.to(device, non_blocking=True)
+    mask = mask.to(device, non_blocking=True)
+    if roles is not None:
+        roles = roles.to(device, non_blocking=True)
+    hidden, context = model.append_hidden(context, ids, mask, roles=roles)
+    # The head is the most expensive part of a long text: it runs on one position.
+    if ids.shape[1] > 1:
+        last = (mask.sum(1) - 1).clamp(min=0)
+        rows = torch.arange(len(ids), device=device)
+        hidden = hidden[rows, last].unsqueeze(1)
+    return model.compute_logits(hidden), context
 
 
 def keep_logits(found: Tensor, mask: Tensor, before: Tensor | None) -> Tensor:
@@ -95,11 +153,12 @@ def keep_logits(found: Tensor, mask: Tensor, before: Tensor | None) -> Tensor:
     """
     if before is None:
         return found
-    return torch.where(mask[:, :1, None], found, before)
+    has_read = mask[:, :1, None].to(found.device, non_blocking=True)
+    return torch.where(has_read, found, before)
 
 
-def _partial(mask: Tensor) -> Tensor | None:
-    """None where all rows are meant."""
+def partial_mask(mask: Tensor, device: torch.device) -> Tensor | None:
+    """A mask of rows on the device; None where all rows are meant."""
     if mask.all():
         return None
-    return mask
+    return mask.to(device)

@@ -22,12 +22,14 @@ class TextSegment:
         ids: `[n, T]` int64; T may be 0.
         mask: `[n, T]` bool, which of `ids` count.
         positions: `[n, T]` int64, where in the stream they stand.
+        roles: `[n, T]` int64, a `Role` each; None if the walk was given none.
     """
 
     rows: Tensor
     ids: Tensor
     mask: Tensor
     positions: Tensor
+    roles: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def segments(
     stop: Tensor,
     image_positions: Tensor,
     *,
+    roles: Tensor | None = None,
     drop_finished: bool = False,
 ) -> Iterator[TextSegment | ImageSegment]:
     """Walk each row's stream from `start` to `stop`; the first and the last segment are text.
@@ -62,6 +65,7 @@ def segments(
         start: `[N]` int64, the first position of each row.
         stop: `[N]` int64, behind the last one.
         image_positions: `[N, M]` int64, where images stand; negative: nowhere.
+        roles: `[N, K]` int64, a `Role` each.
         drop_finished: leave rows out as soon as no image follows, in place of masking them.
     """
     width = tokens.shape[1]
@@ -73,7 +77,7 @@ def segments(
         end = stop
         if ahead.shape[1]:
             end = ahead.amin(1).minimum(stop)
-        yield _text_segment(tokens, rows, position, end)
+        yield _text_segment(tokens, roles, rows, position, end)
         reads = end < stop
         if not reads.any():
             return
@@ -82,6 +86,8 @@ def segments(
             kept = reads.nonzero()[:, 0]
             # From here on the walk knows the remaining rows alone.
             tokens = tokens[kept]
+            if roles is not None:
+                roles = roles[kept]
             rows = rows[kept]
             stop = stop[kept]
             end = end[kept]
@@ -93,7 +99,9 @@ def segments(
         position = end + reads
 
 
-def _text_segment(tokens: Tensor, rows: Tensor, position: Tensor, end: Tensor) -> TextSegment:
+def _text_segment(
+    tokens: Tensor, roles: Tensor | None, rows: Tensor, position: Tensor, end: Tensor
+) -> TextSegment:
     length = int((end - position).max())
     # [n, T]: rows whose text is shorter are masked.
     slots = torch.arange(length, device=tokens.device)
@@ -102,4 +110,24 @@ def _text_segment(tokens: Tensor, rows: Tensor, position: Tensor, end: Tensor) -
     ids = tokens[:, :0]
     if length:
         ids = tokens.gather(1, positions)
-    return TextSegment(rows, ids, mask, positions)
+    if roles is not None:
+        roles = roles.gather(1, positions[:, :length])
+    return TextSegment(rows, ids, mask, positions, roles)
+
+
+def image_inputs(latents: Tensor, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Stored images as `UnifiedModel.append_image` takes them.
+
+    Args:
+        latents: `[n, L, C]` float32; no tokens where pixels alone are read.
+        pixels: `[n, 3, height, width]` uint8; of size 0 x 0 for a model without a vision encoder.
+
+    Returns:
+        The latents, and the pixels as float32 in [-1, 1]; None in place of what is not there.
+    """
+    latent = None
+    if latents.shape[1]:
+        latent = latents
+    if pixels.shape[-1] == 0:
+        return latent, None
+    return latent, pixels.float() / 127.5 - 1

@@ -12,7 +12,7 @@ from agents.policy.actor import Actor, Decision, Observation
 from unigrpo_env.mdp.rules import Phase, Rules
 
 OBSERVED = (
-    "phase", "tokens", "num_tokens", "prompt_length", "legal_tokens", "latent", "step",
+    "phase", "tokens", "roles", "num_tokens", "prompt_length", "legal_tokens", "latent", "step",
     "images_drawn", "t", "next_t",
 )  # fmt: skip
 """Entries that the actor reads, as `InterleavedGenTorchRLEnv` names them."""
@@ -52,6 +52,8 @@ class ActorPolicy(TensorDictModuleBase):
         self.observed: tuple[str, ...] = OBSERVED
         if rules.stored_images:
             self.observed = OBSERVED + OBSERVED_IMAGES
+        if rules.has_pixels:
+            self.observed = (*self.observed, "pixels")
         self.in_keys = [*self.observed, "seed", "episode"]
         self.out_keys = ["token", "next_latent", "active", "log_prob", "mean", "window_start"]
         self.actor = actor

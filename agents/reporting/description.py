@@ -18,13 +18,21 @@ def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:
         The default and the value of each, by name: `section.key`.
     """
     # The dataclasses hold the defaults; a group such as `env=edit` counts as a change.
-    defaults = Config().to_dict()
+    return _changes(Config().to_dict(), config.to_dict(), "")
+
+
+def _changes(
+    defaults: dict[str, Any], values: dict[str, Any], prefix: str
+) -> dict[str, tuple[Any, Any]]:
     found = {}
-    for section, values in config.to_dict().items():
-        for key, value in values.items():
-            default = defaults[section][key]
-            if value != default:
-                found[f"{section}.{key}"] = (default, value)
+    for key, value in values.items():
+        default = defaults[key]
+        name = f"{prefix}{key}"
+        # A section may hold further sections.
+        if isinstance(value, dict):
+            found.update(_changes(default, value, f"{name}."))
+        elif value != default:
+            found[name] = (default, value)
     return found
 
 

@@ -102,7 +102,7 @@ class Recorder:
         rules: of the episodes.
         window: of the actor.
         rows: N.
-        device: where the tensors live.
+        device: where latents and means live.
     """
 
     def __init__(self, rules: Rules, window: Window, rows: int, device: torch.device) -> None:
@@ -115,7 +115,7 @@ class Recorder:
         self.means = torch.zeros(rows, images, size, *latent, device=device)
         # Any falling times will do until the real ones are written: they keep an episode without
         # an image from dividing by zero.
-        falling = torch.linspace(0.9, 0.5, size + 1, device=device)
+        falling = torch.linspace(0.9, 0.5, size + 1)
         self.times = falling.repeat(rows, images, 1)
         self._words: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -144,16 +144,23 @@ class Recorder:
             return
         index = index[rows]
         image = observation["images_drawn"][rows]
-        self.latents[rows, image, index] = observation["latent"][rows]
-        self.means[rows, image, index] = decision.mean[rows]
-        self.times[rows, image, index] = observation["t"][rows, 0]
+        self._write(self.latents, (rows, image, index), observation["latent"])
+        self._write(self.means, (rows, image, index), decision.mean)
+        self._write(self.times, (rows, image, index), observation["t"][:, 0])
         # Behind the last step of the window stands the latent that it led to.
         last = index == self.window.size - 1
         if last.any():
             rows = rows[last]
-            image = image[last]
-            self.latents[rows, image, -1] = decision.next_latent[rows]
-            self.times[rows, image, -1] = observation["next_t"][rows, 0]
+            place = rows, image[last], torch.full_like(rows, self.window.size)
+            self._write(self.latents, place, decision.next_latent)
+            self._write(self.times, place, observation["next_t"][:, 0])
+
+    @staticmethod
+    def _write(target: Tensor, place: tuple[Tensor, Tensor, Tensor], values: Tensor) -> None:
+        """Write `values[rows]` to `target[rows, image, index]`."""
+        # Indices are made on the CPU; to wait for the device here would cost each step its time.
+        rows, image, index = (part.to(target.device, non_blocking=True) for part in place)
+        target[rows, image, index] = values.to(target.device)[rows]
 
     def finish(self, result: RolloutResult, seeds: Tensor, group: Tensor) -> Trajectory:
         """The episodes as a `Trajectory` of N rows.
@@ -164,7 +171,7 @@ class Recorder:
             group: `[N]` int64.
         """
         observation = result.observation
-        device = self.times.device
+        device = self.latents.device
         rows = len(seeds)
         log_prob, chosen_mask = self._place_words(rows, device)
         images = observation["latent"][:, None][:, :0]
@@ -172,24 +179,28 @@ class Recorder:
         if "images" in observation:
             images = observation["images"]
             positions = observation["image_positions"]
+        # A model without a vision encoder saw no pixels.
+        none = torch.zeros(rows, images.shape[1], 3, 0, 0, dtype=torch.uint8)
+        pixels = observation.get("pixels", none)
         components = {name: values.to(device) for name, values in result.components.items()}
         intermediate = result.intermediate_rewards
         return Trajectory(
-            **self._split_tokens(observation),
+            **{name: part.to(device) for name, part in self._split_tokens(observation).items()},
             chosen_mask=chosen_mask,
             log_prob=log_prob,
             window_latents=self.latents,
             window_means=self.means,
-            window_times=self.times,
-            images_drawn=observation["images_drawn"].clone(),
+            window_times=self.times.to(device),
+            images_drawn=observation["images_drawn"].to(device, copy=True),
             latent=observation["latent"].clone(),
             images=images.clone(),
-            image_positions=positions.clone(),
+            pixels=pixels.to(device, copy=True),
+            image_positions=positions.to(device, copy=True),
             reward=result.reward.to(device),
             thought_reward=intermediate["thought_reward"].to(device),
             round_reward=intermediate["round_reward"].to(device),
-            group=group,
-            seed=seeds,
+            group=group.to(device),
+            seed=seeds.to(device),
             components=TensorDict(components, [rows]),
             batch_size=[rows],
         )
@@ -203,7 +214,7 @@ class Recorder:
             return log_prob, chosen_mask
         # [steps, N] each
         position, active, log_probs = (
-            torch.stack(parts) for parts in zip(*self._words, strict=True)
+            torch.stack(parts).to(device) for parts in zip(*self._words, strict=True)
         )
         step, row = active.nonzero(as_tuple=True)
         place = row, position[step, row]
@@ -214,6 +225,7 @@ class Recorder:
     def _split_tokens(self, observation: dict[str, Tensor]) -> dict[str, Tensor]:
         """The token buffer as prompt and what follows it."""
         tokens = observation["tokens"]
+        roles = observation["roles"]
         lengths = observation["prompt_length"]
         budget = self.rules.prompt_budget
         beyond = torch.arange(budget, device=tokens.device) >= lengths[:, None]
@@ -222,8 +234,10 @@ class Recorder:
         places = (lengths[:, None] + slots).clamp_(max=tokens.shape[1] - 1)
         return {
             "prompt_tokens": tokens[:, :budget].masked_fill(beyond, 0),
+            "prompt_roles": roles[:, :budget].clone(),
             "prompt_length": lengths.clone(),
             "tokens": tokens.gather(1, places).masked_fill(slots >= count, 0),
+            "roles": roles.gather(1, places),
             "text_mask": slots < count,
         }
 
@@ -294,7 +308,7 @@ class Collector:
             raise ValueError(f"expected {self.groups} prompts, one a group, got {len(prompts)}")
         env = self.env
         size = self.group_size
-        device = env.episodes.state.phase.device
+        device = env.episodes.state.latent.device
         # Spread by numpy, so that neighbouring seeds share no episode.
         seeds = np.random.SeedSequence(seed).generate_state(env.num_envs).astype(np.int64)
         image_seeds = seeds
@@ -305,13 +319,15 @@ class Collector:
         # The members of a group stand side by side.
         members = [prompt for prompt in prompts for _ in range(size)]
         observation, _ = env.reset(seed=image_seeds.tolist(), options={"prompts": members})
-        self.actor.start(seeds.tolist(), starts.to(device))
+        self.actor.start(seeds.tolist(), starts)
         recorder = Recorder(env.episodes.rules, self.window, env.num_envs, device)
 
         def _watch(seen: dict[str, Tensor], decision: Decision) -> None:
             recorder.record(seen, decision, self.actor.window_start)
 
         result = rollout(env, self.actor, observation, _watch)
-        group = torch.arange(self.groups, device=device).repeat_interleave(size)
-        episodes = recorder.finish(result, torch.as_tensor(seeds, device=device), group)
+        # The update needs the memory of all that was read.
+        self.actor.cache.clear()
+        group = torch.arange(self.groups).repeat_interleave(size)
+        episodes = recorder.finish(result, torch.as_tensor(seeds), group)
         return episodes.unflatten(0, (self.groups, size))

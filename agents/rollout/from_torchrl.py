@@ -13,8 +13,8 @@ from agents.trajectory import Trajectory
 from unigrpo_env.mdp.rules import Phase, Rules
 
 OBSERVED = (
-    "phase", "tokens", "num_tokens", "prompt_length", "latent", "step", "images_drawn", "t",
-    "next_t", "seed",
+    "phase", "tokens", "roles", "num_tokens", "prompt_length", "latent", "step", "images_drawn",
+    "t", "next_t", "seed",
 )  # fmt: skip
 """Entries of the env that are read of each step."""
 WRITTEN = ("token", "next_latent", "active", "log_prob", "mean", "window_start")
@@ -106,11 +106,13 @@ def _read(steps: TensorDictBase, rules: Rules) -> Records:
     return {name: steps[name] for name in (*OBSERVED, *WRITTEN)}
 
 
-def _kept(rules: Rules) -> tuple[str, ...]:
+def _kept(rules: Rules) -> list[str]:
     """Entries of the last observation that a trajectory keeps."""
-    kept = ("tokens", "num_tokens", "prompt_length", "latent", "images_drawn")
+    kept = ["tokens", "roles", "num_tokens", "prompt_length", "latent", "images_drawn"]
     if rules.stored_images:
-        return (*kept, "images", "image_positions")
+        kept += ["images", "image_positions"]
+    if rules.has_pixels:
+        kept.append("pixels")
     return kept
 
 

@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 
-from agents.config.schema import Config, EnvSettings, GuidanceSettings
+from agents.config.schema import (
+    Config,
+    EnvSettings,
+    GuidanceSettings,
+    LoraSettings,
+    ModelSettings,
+)
+from agents.models.adapter_files import ADAPTER_CONFIG
 from agents.models.base import UnifiedModel
-from agents.models.registry import load_model
+from agents.models.lora import ADAPTER, add_adapters
+from agents.models.registry import MODELS, load_model
 from agents.policy.actor import Actor
 from agents.policy.guidance import Guidance
 from agents.policy.sde import Window
+from agents.storage import read_json_object
 from unigrpo_env.mdp.rules import Rules
 from unigrpo_env.processor import PROCESSORS, Processor
 from unigrpo_env.tasks.prompt_file import PromptFile
@@ -74,32 +83,128 @@ def build_model(config: Config) -> UnifiedModel[Any]:
         config: all settings.
 
     Raises:
-        ValueError: an unknown model, or a device that is not there.
+        ValueError: an unknown model, settings that it does not take, or a device that is not there.
     """
-    return place_model(load_model(config.model.name), config)
+    return place_model(read_model(config.model.name, config.model), config)
+
+
+def read_model(name: str, settings: ModelSettings) -> UnifiedModel[Any]:
+    """Load a model with the image size, dtype and device of the settings.
+
+    Args:
+        name: known model or folder; that of the settings, or of a checkpoint.
+        settings: of the model.
+
+    Raises:
+        ValueError: see `build_model`.
+    """
+    # None stands for "not set" in `load_model` too; a model without these options refuses others.
+    return load_model(
+        name,
+        height=settings.height,
+        width=settings.width,
+        vision=None if settings.vision else False,
+        dtype=getattr(torch, settings.dtype),
+        device=_find_device(settings.device),
+    )
+
+
+def read_saved_model(folder: Path, settings: ModelSettings) -> UnifiedModel[Any]:
+    """The model of a checkpoint; for adapters, the model that they belong to.
+
+    Args:
+        folder: of the model, in a checkpoint.
+        settings: of the run.
+
+    Raises:
+        ValueError: the settings name another model than the one that the adapters belong to.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return read_model(str(folder), settings)
+    source = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    model = read_model(settings.name, settings)
+    # A base that is no longer there was moved, and the settings say where to.
+    was_moved = source is not None and source not in MODELS and not Path(source).is_dir()
+    if source is None or (source != model.source and not was_moved):
+        raise ValueError(
+            f"expected the model {source!r}, to which the adapters in {folder} belong, got "
+            f"model.name={settings.name!r}; name that model, or give the trainer's own as `model`"
+        )
+    return model
 
 
 def place_model(model: UnifiedModel[Any], config: Config) -> UnifiedModel[Any]:
-    """Move a model to its device, and set what it computes in.
+    """Move a model to its device, set what it computes in, and give it adapters.
 
     Args:
         model: loaded or given.
         config: all settings.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not there, or the adapters do not fit the model.
     """
+    settings = config.model
+    model = model.to(_find_device(settings.device))
+    model.cast_weights(getattr(torch, settings.dtype))
+    model.max_rows = settings.max_rows
+    model.checkpointing = settings.checkpointing
+    _add_adapters(model, settings.lora, config.trainer.seed)
+    return model
+
+
+def _find_device(name: str) -> torch.device:
     try:
-        device = torch.device(config.model.device)
-        model = model.to(device)
+        device = torch.device(name)
+        # The name of a device says nothing of whether it is there.
+        torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
         raise ValueError(
-            f"expected a device that torch can use for model.device={config.model.device!r}, "
+            f"expected a device that torch can use for model.device={name!r}, "
             f"got: {str(error).splitlines()[0]}; use cpu, or install a torch that has it"
         ) from error
-    # Weights stay in float32: at a learning rate of 1e-6 an update would be lost in bfloat16.
-    model.compute_dtype = getattr(torch, config.model.dtype)
-    return model
+    return device
+
+
+def _add_adapters(model: UnifiedModel[Any], settings: LoraSettings, seed: int) -> None:
+    """Give the model the adapters of the settings, unless it came with them.
+
+    Raises:
+        ValueError: it came with others, or nothing in it fits the settings.
+    """
+    ranks = {}
+    alphas = {}
+    for expert, of_expert in (("text", settings.text), ("image", settings.image)):
+        if of_expert.rank:
+            ranks[expert] = of_expert.rank
+            # Adapters count alpha / rank: with this default twice, whatever the rank.
+            alphas[expert] = of_expert.alpha or 2.0 * of_expert.rank
+    if not ranks:
+        return
+    if model.adapted_layers is None:
+        add_adapters(model, ranks, alphas, settings.targets or None, seed=seed)
+        return
+    _check_adapters(model, ranks, alphas)
+
+
+def _check_adapters(
+    model: UnifiedModel[Any], ranks: dict[str, int], alphas: dict[str, float]
+) -> None:
+    """Refuse settings that are not those of the adapters that the model came with."""
+    for expert, names in (model.adapted_layers or {}).items():
+        # Rank and factor of each adapter; one pair where all adapters of the expert are alike.
+        found = set()
+        for name in names:
+            layer: Any = model.get_submodule(name)
+            found.add((layer.r[ADAPTER], layer.scaling[ADAPTER]))
+        expected = set()
+        if expert in ranks:
+            expected = {(ranks[expert], alphas[expert] / ranks[expert])}
+        if found != expected:
+            raise ValueError(
+                f"expected adapters of the {expert} expert with (rank, alpha / rank) "
+                f"{sorted(expected)}, got a model with {sorted(found)}; leave model.lora empty to "
+                "train the adapters that it has, or merge them first (unigrpo merge)"
+            )
 
 
 def build_processor(settings: EnvSettings, model: UnifiedModel[Any]) -> Processor:

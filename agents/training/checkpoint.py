@@ -1,4 +1,4 @@
-"""Stop and go on: weights, optimiser, reference, random states, place in the run.
+"""Stop and go on: weights, their float32 copies and average, optimiser, reference, random states.
 
 No pickle; a crash while saving leaves the last checkpoint whole.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 
 from agents.models.base import UnifiedModel
 from agents.storage import (
-    WEIGHTS,
+    check_expected_shapes,
     check_weights,
-    load_weights,
     read_tensors,
     write_json,
     write_tensors,
@@ -30,8 +30,10 @@ STATE = "state.json"
 MODEL = "model"
 REFERENCE = "reference.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+MASTERS = "masters.safetensors"
+AVERAGE = "average.safetensors"
 RANDOM = "random.safetensors"
-LAYOUT = 2
+LAYOUT = 3
 """Version of the layout of a checkpoint; others are refused by name."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter."""
@@ -66,9 +68,11 @@ def save_checkpoint(
 
     Args:
         folder: holds all checkpoints of a run.
-        model: what is trained; written with `save_pretrained`.
-        optimization: its moments are written under the names of the parameters.
-        reference: the frozen model of the penalties, if there is one.
+        model: what is trained; written with `save_pretrained`, so with adapters these alone.
+        optimization: its moments, masters and average are written under the names of the
+            parameters.
+        reference: the frozen model of the penalties, if there is one. That of a model with adapters
+            has no weights of its own, and is not written.
         state: anything JSON; `iteration` names the checkpoint.
         keep: how many to keep, at least 1.
     """
@@ -78,8 +82,14 @@ def save_checkpoint(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     model.save_pretrained(part / MODEL)
-    if reference is not None:
-        write_tensors(reference.state_dict(), part / REFERENCE)
+    for name, tensors in (
+        (REFERENCE, _own_weights(reference)),
+        (MASTERS, optimization.masters),
+        (AVERAGE, _averages(optimization)),
+    ):
+        # What a run does not have leaves no file.
+        if tensors:
+            write_tensors(tensors, part / name)
     write_tensors(_moments_by_name(optimization), part / OPTIMIZER)
     randomness, torch_state = _random_state()
     write_tensors({"torch": torch_state}, part / RANDOM)
@@ -87,6 +97,18 @@ def save_checkpoint(
     _put_in_place(folder, part, place)
     _drop_old(folder, place, keep)
     return place
+
+
+def _own_weights(reference: nn.Module | None) -> dict[str, Tensor]:
+    if reference is None:
+        return {}
+    return reference.state_dict()
+
+
+def _averages(optimization: Optimization) -> dict[str, Tensor]:
+    if optimization.average is None:
+        return {}
+    return optimization.average.averages
 
 
 def _moments_by_name(optimization: Optimization) -> dict[str, Tensor]:
@@ -175,14 +197,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    checkpoint: Path, model: nn.Module, optimization: Optimization, reference: nn.Module | None
+    checkpoint: Path,
+    model: UnifiedModel[Any],
+    optimization: Optimization,
+    reference: nn.Module | None,
 ) -> dict[str, Any]:
     """Bring everything back to where `save_checkpoint` left it; returns the state.
 
     Args:
         checkpoint: its folder.
         model: what is trained.
-        optimization: of this run. Its learning rates and betas stay; the moments are loaded.
+        optimization: of this run. Its learning rates and betas stay; moments, masters and average
+            are loaded.
         reference: the frozen model of the penalties, if there is one.
 
     Raises:
@@ -190,23 +216,46 @@ def load_checkpoint(
     """
     state = read_state(checkpoint)
     # Everything is read and checked before anything is changed.
-    weights = read_tensors(checkpoint / MODEL / WEIGHTS)
     reference_weights: dict[str, Tensor] = {}
-    if reference is not None:
+    if _own_weights(reference):
         reference_weights = read_tensors(checkpoint / REFERENCE)
     moments = _read_moments(checkpoint / OPTIMIZER, optimization)
+    masters = _read_like(checkpoint / MASTERS, optimization.masters)
+    averages = _read_like(checkpoint / AVERAGE, _averages(optimization))
     torch_state = read_tensors(checkpoint / RANDOM).get("torch")
     if torch_state is None:
         raise ValueError(f"{checkpoint / RANDOM} holds no random state; it is from another program")
-    check_weights(model, weights, str(checkpoint))
     if reference is not None:
-        load_weights(reference, reference_weights, str(checkpoint / REFERENCE))
-    load_weights(model, weights, str(checkpoint))
+        check_weights(reference, reference_weights, str(checkpoint / REFERENCE))
+    # It checks the model's weights, and changes nothing if they do not fit.
+    model.load_saved(checkpoint / MODEL)
+    if reference is not None:
+        reference.load_state_dict(reference_weights)
+    optimization.load_masters(masters)
+    if optimization.average is not None:
+        optimization.average.load(averages)
     # The settings of this run decide its learning rates; what was saved are the moments.
     groups = optimization.optimizer.state_dict()["param_groups"]
     optimization.optimizer.load_state_dict({"state": moments, "param_groups": groups})
     _set_random_state(state["random"], torch_state)
     return state
+
+
+def _read_like(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read tensors with the names and shapes of those that this run has; none if it has none."""
+    if not expected and not path.is_file():
+        return {}
+    if not expected or not path.is_file():
+        found = "got one" if path.is_file() else "found none"
+        raise ValueError(
+            f"expected {'a' if expected else 'no'} safetensors file at {path}, {found}; keep the "
+            "model.dtype and the optimizer.ema that the run had before, or use another checkpoint"
+        )
+    tensors = read_tensors(path)
+    wanted = {name: tensor.shape for name, tensor in expected.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_expected_shapes(wanted, found, str(path), "the weights of this run")
+    return tensors
 
 
 def _read_moments(path: Path, optimization: Optimization) -> dict[int, dict[str, Tensor]]:

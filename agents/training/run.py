@@ -197,7 +197,8 @@ class _Run:
             self.stops.is_delaying = False
         self._save()
         # The path stays the same, whichever checkpoints are dropped when the run is prolonged.
-        self.trainer.model.save_pretrained(self.folder / MODEL)
+        with self.trainer.averaged():
+            self.trainer.model.save_pretrained(self.folder / MODEL)
 
     def _after_iteration(self, metrics: dict[str, float]) -> None:
         """Write and show; at their intervals evaluate, draw samples, save; stop if asked to."""

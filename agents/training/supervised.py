@@ -17,6 +17,7 @@ from agents.models.base import UnifiedModel
 from agents.policy.evaluate import evaluate_actions
 from agents.trajectory import Trajectory
 from unigrpo_env.flow_time import shift_time
+from unigrpo_env.mdp.rules import Role
 from unigrpo_env.processor import Processor
 from unigrpo_env.tasks.task import Demonstration, DemonstrationTask
 from unigrpo_env.variants.variant import Variant
@@ -32,22 +33,28 @@ class Stream:
         chosen: for each of `tokens`, whether the model is to learn it.
         image_positions: where in prompt and tokens the images stand that are read: the sources,
             then the drawn ones.
+        prompt_roles: for each of `prompt`, who wrote it, a `Role`.
+        roles: for each of `tokens`, likewise.
     """
 
     prompt: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     chosen: list[bool] = field(default_factory=list)
+    prompt_roles: list[int] = field(default_factory=list)
+    roles: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
 
-    def write(self, ids: Sequence[int], chosen: bool) -> None:
+    def write(self, ids: Sequence[int], chosen: bool, user_length: int = 0) -> None:
         """Append tokens.
 
         Args:
             ids: the tokens.
             chosen: whether the model is to learn them.
+            user_length: how many of them, from the first, the user wrote.
         """
         self.tokens += ids
         self.chosen += [chosen] * len(ids)
+        self.roles += _roles(0, user_length, len(ids))
 
 
 def lay_out(
@@ -74,6 +81,9 @@ def lay_out(
             prompt.text, sources=len(prompt.sources), system=system, thinks=first_thinks
         )
         turns = prompt.turns
+        system_length = processor.system_length(system)
+        user_end = len(stream.prompt) - processor.opening_length(first_thinks)
+        stream.prompt_roles = _roles(system_length, user_end, len(stream.prompt))
     # The processor decides where in the prompt its sources stand.
     for position, token in enumerate(stream.prompt):
         if token == processor.image_id:
@@ -84,7 +94,8 @@ def lay_out(
             stream.write([cast(int, processor.image_id)], chosen=False)
             thinks = thought is not None
             if number <= len(turns):
-                stream.write(processor.encode_turn(turns[number - 1], thinks=thinks), False)
+                ids = processor.encode_turn(turns[number - 1], thinks=thinks)
+                stream.write(ids, False, len(ids) - processor.opening_length(thinks))
             else:
                 stream.write(processor.continuation_ids(thinks), chosen=False)
         if thought is not None:
@@ -97,6 +108,12 @@ def lay_out(
                 closing = processor.open_image_id if end_id is None else end_id
                 stream.write([closing], chosen=True)
     return stream
+
+
+def _roles(system: int, user_end: int, length: int) -> list[int]:
+    """The roles of a text: the system's words, the user's up to `user_end`, then the model's."""
+    roles = [Role.SYSTEM] * system + [Role.USER] * (user_end - system)
+    return [*roles, *[Role.MODEL] * (length - user_end)]
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
@@ -152,24 +169,18 @@ def as_trajectory(
     window_times = torch.zeros(rows, images, 2, device=device)
     window_times[row, number, 0] = t
     clean, positions = _images_to_read(variant, demonstrations, streams, latents, (row, number))
-    lengths = torch.tensor([len(stream.tokens) for stream in streams])
-    tokens = pad([stream.tokens for stream in streams])
-    chosen = pad([list(map(int, stream.chosen)) for stream in streams]).bool()
+    pixels = _pixels_to_read(variant, demonstrations, clean.shape[:2], (row, number))
     nothing = torch.zeros(rows, images, device=device)
     none = torch.zeros(rows, dtype=torch.int64)
     trajectory = Trajectory(
-        prompt_tokens=pad([stream.prompt for stream in streams]),
-        prompt_length=torch.tensor([len(stream.prompt) for stream in streams]),
-        tokens=tokens,
-        text_mask=torch.arange(tokens.shape[1]) < lengths[:, None],
-        chosen_mask=chosen,
-        log_prob=torch.zeros(tokens.shape),
+        **_tokens_of(streams),
         window_latents=window_latents,
         window_means=torch.zeros(rows, images, 1, *shape, device=device),
         window_times=window_times,
         images_drawn=drawn,
         latent=torch.zeros(rows, *shape, device=device),
         images=clean,
+        pixels=pixels,
         image_positions=positions,
         reward=nothing[:, 0],
         thought_reward=nothing,
@@ -179,6 +190,22 @@ def as_trajectory(
         batch_size=[rows],
     )
     return trajectory.to(device)
+
+
+def _tokens_of(streams: Sequence[Stream]) -> dict[str, Tensor]:
+    """The fields of a trajectory that hold tokens, or say something of each of them."""
+    lengths = torch.tensor([len(stream.tokens) for stream in streams])
+    tokens = pad([stream.tokens for stream in streams])
+    return {
+        "prompt_tokens": pad([stream.prompt for stream in streams]),
+        "prompt_roles": pad([stream.prompt_roles for stream in streams]),
+        "prompt_length": torch.tensor([len(stream.prompt) for stream in streams]),
+        "tokens": tokens,
+        "roles": pad([stream.roles for stream in streams]),
+        "text_mask": torch.arange(tokens.shape[1]) < lengths[:, None],
+        "chosen_mask": pad([list(map(int, stream.chosen)) for stream in streams]).bool(),
+        "log_prob": torch.zeros(tokens.shape),
+    }
 
 
 def _images_to_read(
@@ -211,6 +238,29 @@ def _images_to_read(
             encoded = variant.processor.encode_images(torch.stack(list(found)))
             clean[index, :count] = encoded.to(clean)
     return clean, positions
+
+
+def _pixels_to_read(
+    variant: Variant,
+    demonstrations: Sequence[Demonstration],
+    shape: Sequence[int],
+    place: tuple[Tensor, Tensor],
+) -> Tensor:
+    """What a vision encoder sees of those images, `[N, M, 3, height, width]` uint8."""
+    processor = variant.processor
+    size = processor.pixel_size or (0, 0)
+    pixels = torch.zeros(*shape, 3, *size, dtype=torch.uint8)
+    if processor.pixel_size is None:
+        return pixels
+    row, number = place
+    most = shape[1] - int(number.max()) - 1
+    images = torch.cat([demonstration.images for demonstration in demonstrations])
+    pixels[row, most + number] = processor.view_images(images)
+    for index, demonstration in enumerate(demonstrations):
+        if demonstration.prompt is not None and demonstration.prompt.sources:
+            sources = torch.stack(list(demonstration.prompt.sources))
+            pixels[index, : len(sources)] = processor.view_images(sources)
+    return pixels
 
 
 def supervised_losses(

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,31 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import SamplerWithoutReplacement
 
 from agents.config.schema import Config
-from agents.evaluation.accuracy import Evaluation, evaluate
 from agents.models.base import UnifiedModel
-from agents.models.registry import load_model
-from agents.objectives.loss import UniGRPOLoss, forward_points, window_flow_loss
+from agents.objectives.loss import UniGRPOLoss, forward_points
 from agents.objectives.refl import LatentScore
-from agents.policy.evaluate import window_means
 from agents.reporting.metrics import METRICS, mean_of_updates
 from agents.rollout.collector import Collector
 from agents.training import build
 from agents.training.checkpoint import (
+    MODEL,
     latest_checkpoint,
     load_checkpoint,
     read_state,
     save_checkpoint,
 )
 from agents.training.comparison import add_advantages
+from agents.training.evaluator import Evaluator
 from agents.training.optimization import Optimization
 from agents.training.supervised import require_demonstrations, sample_losses
 from agents.trajectory import Trajectory
-from unigrpo_env.tasks.task import Prompt, demonstration_batch
+from unigrpo_env.tasks.task import demonstration_batch
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
 Metrics = dict[str, float]
 
 
-class Trainer:
+class Trainer(Evaluator):
     """One run.
 
     All that is random is drawn from (seed, iteration), so a run that is stopped and resumed is the
@@ -56,9 +56,8 @@ class Trainer:
 
     Attributes:
         iteration: iterations done.
-        model: the policy.
-        reference: the frozen model of the penalties, or None.
-        variant: the scenario.
+        reference: the frozen model of the penalties, or None. Where adapters are trained, it is the
+            model without them.
         env: what is stepped.
         collector: plays groups of episodes.
         loss: the objective.
@@ -69,22 +68,11 @@ class Trainer:
     """
 
     def __init__(self, config: Config, model: UnifiedModel[Any] | None = None) -> None:
-        self.config = config
+        super().__init__(config, model)
         self.iteration = 0
-        build.import_modules(config.output.imports)
-        if config.trainer.threads:
-            torch.set_num_threads(config.trainer.threads)
-        algorithm = config.algorithm
-        if model is None:
-            self.model = build.build_model(config)
-        else:
-            self.model = build.place_model(model, config)
-        self.processor = build.build_processor(config.env, self.model)
-        self.variant = build.build_variant(config.env, self.processor)
-        build.check_model_fits(self.model, self.variant.rules)
         build.check_objective(config, self.variant.rules)
-        # Copied before the first update: the model that training started from.
-        self.reference = self.model.frozen_copy() if algorithm.needs_reference else None
+        # Made before the first update: the model that training started from.
+        self.reference = self.model.reference() if config.algorithm.needs_reference else None
         self._build_rollout()
         self._build_update()
 
@@ -124,7 +112,7 @@ class Trainer:
         self.buffer = ReplayBuffer(
             storage=LazyTensorStorage(trainer.groups),
             sampler=SamplerWithoutReplacement(),
-            batch_size=trainer.groups // (trainer.minibatches * trainer.micro_batches),
+            batch_size=trainer.groups // trainer.minibatches,
         )
         # In low precision another batch shape gives other numbers.
         default = "rollout" if config.model.dtype == "float32" else "recompute"
@@ -155,11 +143,13 @@ class Trainer:
         trainer = self.config.trainer
         episodes, metrics = self._collect(seed)
         # FPO learns at noised final images; the rollout has no points for it.
-        if self._uses_forward_points:
+        if self.loss.uses_forward_points:
             generator = torch.Generator().manual_seed(seed)
             forward_points(episodes, self.variant.rules.time_shift, generator)
         parts = self._shuffle(episodes, seed)
-        self._recompute(parts)
+        if self.recompute or self.loss.uses_forward_points:
+            for part in parts:
+                self.loss.recompute(part, log_probs=self.recompute)
         size = trainer.micro_batches
         updates = []
         for _ in range(trainer.epochs):
@@ -172,12 +162,16 @@ class Trainer:
 
     def _shuffle(self, episodes: Trajectory, seed: int) -> list[Trajectory]:
         """Whole groups in random order, as the parts of which updates are made."""
-        # Whole groups are shuffled, not episodes: a part of the update holds them complete.
+        # Whole groups are shuffled, not episodes: an update holds them complete.
         self.buffer.empty()
         self.buffer.set_rng(torch.Generator().manual_seed(seed))
         self.buffer.extend(episodes)
-        device = self.config.model.device
-        return [part.flatten(0, 1).to(device) for part in self.buffer]
+        parts: list[Trajectory] = []
+        for groups in self.buffer:
+            minibatch = groups.flatten(0, 1).to(self.config.model.device)
+            # A part may hold less than a group: only the advantages compared its episodes.
+            parts += minibatch.split(len(minibatch) // self.config.trainer.micro_batches)
+        return parts
 
     def _supervised_iteration(self, seed: int) -> Metrics:
         """Supervised: as many demonstrations as there would be episodes, in as many updates."""
@@ -255,35 +249,6 @@ class Trainer:
             self.config.trainer.max_unscored,
         )
 
-    @torch.no_grad()
-    def _recompute(self, parts: list[Trajectory]) -> None:
-        """Recompute the old log-probs with the training forward, on the batches of the update.
-
-        Needed in bfloat16, where results depend on the batch shape, and for FPO, whose noise points
-        are not in the rollout.
-        """
-        settings = self.config.algorithm
-        if not (self.recompute or self._uses_forward_points):
-            return
-        for part in parts:
-            old = self.loss.evaluate(self.model, part)
-            if self.recompute:
-                part.log_prob = torch.where(part.chosen_mask, old.log_prob, 0)
-            if old.velocity is None:
-                continue
-            if self._uses_forward_points:
-                part.flow_loss = window_flow_loss(part, old.velocity)
-            elif settings.kernel != "ode":
-                part.window_means, _ = window_means(
-                    part, old.velocity, settings.noise_level, settings.kernel
-                )
-
-    @property
-    def _uses_forward_points(self) -> bool:
-        """Whether the image expert learns at points of the forward process."""
-        algorithm = self.config.algorithm
-        return bool(algorithm.image_weight) and algorithm.image_objective == "fpo"
-
     def _update(self, parts: list[Trajectory]) -> Metrics:
         """One optimiser step on one mini-batch, its gradient summed over micro-batches."""
         episodes = sum(int(part.is_scored.sum()) for part in parts)
@@ -293,6 +258,7 @@ class Trainer:
         # Counted over the whole update, so that its parts can be summed.
         tokens = sum(int(part.chosen_mask[part.is_scored].sum()) for part in parts)
         metrics: Metrics = {}
+        self.score.begin(sum(len(part) for part in parts))
         self.optimization.zero_grad()
         for part in parts:
             part.episode_weight = part.is_scored.float() / episodes
@@ -302,8 +268,11 @@ class Trainer:
                 part.token_weight = chosen / max(tokens, 1)
             out = self.loss(part)
             losses = [value for name, value in out.items() if name.startswith("loss_")]
-            # Gradients add up over micro-batches; the weights make it the mean of the update.
-            torch.stack(losses).sum().backward()
+            loss = torch.stack(losses).sum()
+            # A part without an image has no gradient where the image expert alone learns.
+            if loss.requires_grad:
+                # Gradients add up over micro-batches; the weights make it the mean of the update.
+                loss.backward()
             for name, tensor in out.items():
                 value = float(tensor.detach())
                 known = metrics.get(name, 0.0)
@@ -313,36 +282,12 @@ class Trainer:
                     metrics[name] = known + value
         return metrics | self.optimization.step(self.iteration)
 
-    def evaluate(
-        self, *, greedy: bool = False, attempt: int = 0, prompts: int | None = None
-    ) -> Evaluation:
-        """The model on the held-out split.
-
-        Args:
-            greedy: take the likeliest token in place of a sampled one.
-            attempt: every attempt draws other noise.
-            prompts: so many of the split, from the first; all of it if left out.
-        """
-        settings = self.config.evaluation
-        guidance = self.config.guidance
-        variant = self.variant
-        if settings.reward:
-            variant = build.build_variant(self.config.env, self.processor, settings.reward)
-        return evaluate(
-            self.model,
-            variant,
-            self.held_out()[:prompts],
-            temperature=0.0 if greedy else self.config.algorithm.temperature,
-            image_steps=settings.image_steps,
-            seed=settings.seed + attempt * settings.prompts,
-            guidance=build.build_guidance(guidance, guidance.evaluate),
-            device=self.config.model.device,
-        )
-
-    def held_out(self) -> list[Prompt]:
-        """The prompts of the held-out split."""
-        settings = self.config.evaluation
-        return self.variant.task.prompts("test", settings.prompts, settings.seed)
+    def averaged(self) -> AbstractContextManager[None]:
+        """For a `with` block: the averaged weights if `evaluation.ema`, else those of now."""
+        average = self.optimization.average
+        if average is None or not self.config.evaluation.ema:
+            return nullcontext()
+        return average.applied()
 
     def train(self, after_iteration: Callable[[Metrics], None] = lambda metrics: None) -> None:
         """Iterate until `trainer.iterations`.
@@ -368,13 +313,18 @@ class Trainer:
 
     @classmethod
     def resume(
-        cls, run: str | Path, change: Callable[[Config], Config] = lambda config: config
+        cls,
+        run: str | Path,
+        change: Callable[[Config], Config] = lambda config: config,
+        model: UnifiedModel[Any] | None = None,
     ) -> Trainer:
         """The trainer of a run's last checkpoint.
 
         Args:
             run: the run's folder, or one checkpoint's.
             change: of the saved settings, to run for longer, say.
+            model: what to go on with, where the checkpoint holds adapters alone and the trainer was
+                given their model.
 
         Raises:
             ValueError: no checkpoint, or a damaged or foreign one.
@@ -383,7 +333,9 @@ class Trainer:
         config = change(Config.from_dict(read_state(checkpoint)["config"]))
         config.output.folder = str(checkpoint.parents[1])
         build.import_modules(config.output.imports)
-        trainer = cls(config, load_model(str(checkpoint / "model")))
+        if model is None:
+            model = build.read_saved_model(checkpoint / MODEL, config.model)
+        trainer = cls(config, model)
         state = load_checkpoint(checkpoint, trainer.model, trainer.optimization, trainer.reference)
         trainer.iteration = state["iteration"]
         return trainer

@@ -99,6 +99,12 @@ def editing_model(editing_oracle):
 
 
 @pytest.fixture
+def source_latent(editing_oracle):
+    """The source of the edit as latent tokens."""
+    return _tokens(editing_oracle["in.src.latent"][None])
+
+
+@pytest.fixture
 def read_editing(editing_model, editing_oracle):
     """Read named segments of text or image; returns the last text's logits and the context."""
 

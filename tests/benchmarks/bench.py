@@ -1,13 +1,13 @@
-"""Speed, one JSON line a figure.
+"""Speed and memory, one JSON line a figure.
 
-    python tests/benchmarks/bench.py [--pairs 20] [--only a]
+    python tests/benchmarks/bench.py [--pairs 20] [--only a | memory]
 
 (a) collecting through the env against a bare loop of the same model calls; (b) a whole iteration
 against that loop with an update written by hand; (c) the share of an iteration inside the model's
 forward and backward; (d) bytes kept a trajectory against what training must have; (e) cost against
 episodes, denoising steps and thought length; (f) time and memory of a rollout and of a training
 pass when the images of an episode double, beside what the arithmetic says: the linear cost of what
-a round adds, plus attention to all that stands.
+a round adds, plus attention to all that stands; (g) memory, see `memory.py`.
 
 The loops run in turn (one, other, one again). A ratio is the median over such rounds of the mean of
 `one`'s two times over `other`'s between them, so that a machine that slows down for a while slows
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import memory
 import torch
 from bare_loop import OPEN_IMAGE, Bare, W
 from torch import Tensor
@@ -303,6 +304,14 @@ def rounds(pairs: int, rows: int = 16, words: int = 8) -> Iterator[Figure]:
 
 def figures(only: str, pairs: int) -> Iterator[Figure]:
     """The figures whose letters are in `only`."""
+    if set(only) & set("abcdef"):
+        yield from speed(only, pairs)
+    if "g" in only:
+        yield from memory.figures()
+
+
+def speed(only: str, pairs: int) -> Iterator[Figure]:
+    """All but memory."""
     trainer = make_trainer()
     seed = derived_seed(0, 0)
     bare = Bare(trainer, seed)
@@ -337,9 +346,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--only", default="abcdef", help="letters of the figures to take")
+    parser.add_argument(
+        "--only", default="abcdefg", help="letters of the figures to take; memory is g"
+    )
     arguments = parser.parse_args()
-    for figure in figures(arguments.only, arguments.pairs):
+    for figure in figures(arguments.only.replace("memory", "g"), arguments.pairs):
         print(json.dumps({**figure, "threads": torch.get_num_threads()}), flush=True)
 
 

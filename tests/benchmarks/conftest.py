@@ -1,3 +1,3 @@
-"""The benchmark is a script: doctest cannot import it as a part of a package."""
+"""The benchmarks are scripts: doctest cannot import them as parts of a package."""
 
-collect_ignore = ["bench.py", "bare_loop.py"]
+collect_ignore = ["bench.py", "bare_loop.py", "memory.py"]

@@ -17,6 +17,14 @@ class Phase(IntEnum):
     DONE = 2
 
 
+class Role(IntEnum):
+    """Who wrote a token. The words that open a thought count as the model's."""
+
+    SYSTEM = 0
+    USER = 1
+    MODEL = 2
+
+
 SMALLEST = {
     "prompt_budget": 1,
     "text_budget": 0,
@@ -62,6 +70,9 @@ class Rules:
         forbidden_ids: tokens that may never be sampled.
         pad_id: fills the unused end of the token buffer, and is the one legal token outside the
             text phase.
+        opening_length: tokens at the end of a prompt or of a user's turn that open the thought.
+        pixel_size: (height, width) at which a vision encoder sees the images that are read; (0, 0)
+            for a model without one.
 
     Raises:
         ValueError: a budget below its least value, or rules that contradict each other.
@@ -85,6 +96,8 @@ class Rules:
     end_before_image: bool = True
     forbidden_ids: tuple[int, ...] = ()
     pad_id: int = 0
+    opening_length: int = 0
+    pixel_size: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         """Refuse rules under which no episode could be played."""
@@ -161,6 +174,23 @@ class Rules:
         return self.source_images + self.rounds - 1
 
     @property
+    def has_pixels(self) -> bool:
+        """Whether a vision encoder sees the images that are read."""
+        return self.stored_images > 0 and self.pixel_size != (0, 0)
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Latent tokens and values of an image that is read.
+
+        There are no tokens where the episode draws nothing and a vision encoder sees the image: it
+        is to be understood, not to be changed.
+        """
+        tokens, values = self.latent_shape
+        if self.has_pixels and self.image_budget == 0:
+            tokens = 0
+        return tokens, values
+
+    @property
     def turn_slots(self) -> int:
         """Tokens that the env may write after an image."""
         return self.turn_budget + len(self.continuation_ids)
@@ -187,15 +217,28 @@ class Rules:
         """
         legal = torch.ones(self.vocab_size, dtype=torch.bool)
         legal[list(self.forbidden_ids)] = False
-        # Without an `end_id` the opening token closes every text, the last one too.
-        if self.end_id is None:
-            return legal
-        if images_drawn == 0 and self.image_budget > 0 and not self.end_before_image:
-            legal[self.end_id] = False
-        # With no image left to open, only `end_id` closes the text.
-        if images_drawn >= self.image_budget and self.end_id != self.open_image_id:
-            legal[self.open_image_id] = False
+        drawn = torch.tensor(images_drawn)
+        if self.end_id is not None:
+            legal[self.end_id] = self.may_end(drawn)
+        # Last, because one token may do both.
+        legal[self.open_image_id] = self.may_close(drawn)
         return legal
+
+    def may_close(self, images_drawn: Tensor) -> Tensor:
+        """Whether `open_image_id` may be sampled, `[...]` bool, after so many images `[...]`.
+
+        Without an `end_id` of its own it closes every text, the last one too. With one, and no
+        image left to open, only that closes the text.
+        """
+        if self.end_id is None or self.end_id == self.open_image_id:
+            return torch.ones_like(images_drawn, dtype=torch.bool)
+        return images_drawn < self.image_budget
+
+    def may_end(self, images_drawn: Tensor) -> Tensor:
+        """Whether `end_id` may be sampled, `[...]` bool, after so many images `[...]`."""
+        if self.image_budget == 0 or self.end_before_image:
+            return torch.ones_like(images_drawn, dtype=torch.bool)
+        return images_drawn > 0
 
     def legal_by_round(self) -> Tensor:
         """`legal_tokens` of each round's text, `[rounds, vocab_size]` bool."""

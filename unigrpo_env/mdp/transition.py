@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from unigrpo_env.mdp.rules import Phase, Rules
+from unigrpo_env.mdp.rules import Phase, Role, Rules
 from unigrpo_env.mdp.state import EpisodeState
 
 
@@ -64,6 +64,8 @@ def split_by_phase(state: EpisodeState, active: Tensor) -> ActingRows:
 
 Reply = Callable[[Tensor], None]
 """Called with the rows (int64) that have drawn an image and may go on, to set their `turns`."""
+View = Callable[[Tensor], Tensor]
+"""Finished latents `[n, L, C]` to what a vision encoder sees, `[n, 3, height, width]` uint8."""
 
 
 def transition(
@@ -73,6 +75,7 @@ def transition(
     next_latent: Tensor,
     acting: ActingRows,
     reply: Reply | None = None,
+    view: View | None = None,
 ) -> Tensor:
     """Advance every acting row by one step, in place; the action must fit (`check_action`).
 
@@ -87,6 +90,7 @@ def transition(
         next_latent: `[N, L, C]` float32, read where a row is in the image phase.
         acting: which rows act; the others stay as they are.
         reply: sets what the env writes after an image, before the rows that drew one go on.
+        view: shows a drawn image to a vision encoder; None for a model without one.
 
     Returns:
         The rows that ended in this step, int64 indices, rising.
@@ -97,12 +101,12 @@ def transition(
     if len(acting.image):
         drawn = _take_step(state, rules, next_latent, acting.image)
         if len(drawn):
-            finished = _after_image(state, rules, drawn, reply)
+            finished = _after_image(state, rules, drawn, reply, view)
             ended = torch.cat([ended, finished]).sort().values
     # A row ends at one place, whichever phase it was in.
     if len(ended):
         state.phase[ended] = Phase.DONE
-        state.legal_tokens[ended] = rules.idle_tokens().to(ended.device)
+        state.legal_tokens[state.on_device(ended)] = state.on_device(rules.idle_tokens())
     return ended
 
 
@@ -113,23 +117,24 @@ def _append_token(state: EpisodeState, rules: Rules, token: Tensor, rows: Tensor
     state.tokens[rows, position] = token
     state.num_tokens.index_copy_(0, rows, position + 1)
     state.sampled.index_copy_(0, rows, sampled)
+    drawn = state.images_drawn.index_select(0, rows)
     # `closes`, `spent`, `ends` and `in_last_text` are masks of `rows`: [rows] bool.
     closes = token == rules.open_image_id
     may_have_last_text = rules.rounds > rules.image_budget
     if may_have_last_text:
         # In a last text that `end_id` closes, an opening token is not legal and does nothing.
-        closes &= state.legal_tokens[rows, rules.open_image_id]
+        closes &= rules.may_close(drawn)
     spent = (sampled >= rules.text_budget) & ~closes
     ended = rows[:0]
     if rules.end_id is not None:
         # An `end_id` that is not legal is appended and does nothing else.
-        ends = (token == rules.end_id) & state.legal_tokens[rows, rules.end_id]
+        ends = (token == rules.end_id) & rules.may_end(drawn)
         ended = rows[ends]
         closes &= ~ends
         spent &= ~ends
     if may_have_last_text:
         # No image follows the last text, so whatever closes it ends the episode.
-        in_last_text = state.images_drawn.index_select(0, rows) >= rules.image_budget
+        in_last_text = drawn >= rules.image_budget
         closed = rows[in_last_text & (closes | spent)]
         ended = torch.cat([ended, closed]).sort().values
         closes &= ~in_last_text
@@ -151,7 +156,8 @@ def _take_step(state: EpisodeState, rules: Rules, next_latent: Tensor, rows: Ten
     if len(rows) == len(next_latent):
         state.latent.copy_(next_latent)
     else:
-        state.latent[rows] = next_latent[rows].to(state.latent.dtype)
+        place = state.on_device(rows)
+        state.latent[place] = next_latent[place].to(state.latent.dtype)
     step = state.step.index_select(0, rows).add_(1)
     state.step.index_copy_(0, rows, step)
     drawn = rows[step == rules.image_steps]
@@ -160,7 +166,9 @@ def _take_step(state: EpisodeState, rules: Rules, next_latent: Tensor, rows: Ten
     return drawn
 
 
-def _after_image(state: EpisodeState, rules: Rules, drawn: Tensor, reply: Reply | None) -> Tensor:
+def _after_image(
+    state: EpisodeState, rules: Rules, drawn: Tensor, reply: Reply | None, view: View | None
+) -> Tensor:
     """Let the rows that drew an image go on with text; returns those that end instead."""
     if rules.rounds == 1:
         return drawn
@@ -173,35 +181,45 @@ def _after_image(state: EpisodeState, rules: Rules, drawn: Tensor, reply: Reply 
         number = (state.images_drawn[drawn] - 1).clamp(max=rules.rounds - 2)
         goes_on &= state.turn_lengths[drawn, number] > 0
     if goes_on.any():
-        _continue(state, rules, drawn[goes_on])
+        _continue(state, rules, drawn[goes_on], view)
     return drawn[~goes_on]
 
 
-def _continue(state: EpisodeState, rules: Rules, rows: Tensor) -> None:
+def _continue(state: EpisodeState, rules: Rules, rows: Tensor, view: View | None) -> None:
     """Put the drawn image of `rows` into the stream, write the turn, and open the next round."""
     # [rows] int64 each: the number of the image just drawn, its slot behind the sources, and where
     # the next token goes.
     number = state.images_drawn[rows] - 1
     slot = rules.source_images + number
     position = state.num_tokens[rows]
-    state.images[rows, slot] = state.latent[rows]
+    place = state.on_device(rows)
+    device_slot = state.on_device(slot)
+    latents = state.latent[place]
+    state.images[place, device_slot] = latents
+    if view is not None:
+        state.pixels[place, device_slot] = view(latents)
     state.image_positions[rows, slot] = position
     state.tokens[rows, position] = cast(int, rules.image_id)
     position = position + 1
     lengths = state.turn_lengths[rows, number]
-    slots = torch.arange(rules.turn_slots, device=rows.device)
+    slots = torch.arange(rules.turn_slots)
     # [rows, turn_slots] bool: turns differ in length, so they are written token by token.
     is_written = slots < lengths[:, None]
     row, column = is_written.nonzero(as_tuple=True)
-    state.tokens[rows[row], position[row] + column] = state.turns[rows, number][is_written]
+    written = rows[row], position[row] + column
+    state.tokens[written] = state.turns[rows, number][is_written]
+    if rules.turn_budget:
+        # The user's words; behind them stands what opens the next thought.
+        is_user = column < lengths[row] - rules.opening_length
+        state.roles[written] = torch.where(is_user, int(Role.USER), int(Role.MODEL))
     position = position + lengths
     state.num_tokens[rows] = position
     state.round_starts[rows, number + 1] = position
     state.sampled[rows] = 0
     state.phase[rows] = Phase.TEXT
     # [rounds, vocab_size]
-    legal = rules.legal_by_round().to(rows.device)
-    state.legal_tokens[rows] = legal[number + 1]
+    legal = rules.legal_by_round()
+    state.legal_tokens[place] = state.on_device(legal[number + 1])
     # Without a thought the next image opens at once.
     if rules.text_budget == 0:
         state.open_image(rows, rules)

@@ -48,6 +48,25 @@ def play(
     return scenario.variant(processor, task, reward)
 
 
+def make_scenario(
+    processor: Processor | None, defaults: dict[str, Any], settings: dict[str, Any]
+) -> Scenario:
+    """A scenario from its own defaults, a backbone's budgets, and what the user set.
+
+    Args:
+        processor: of the backbone; None for the shapes world.
+        defaults: of the scenario, made for the shapes world.
+        settings: what the user set, which wins.
+    """
+    found = dict(defaults)
+    if processor is not None:
+        for name, value in processor.scenario_defaults.items():
+            # Where no user speaks there is no turn to make room for.
+            if name != "turn_budget" or "turn_budget" in defaults:
+                found[name] = value
+    return Scenario(**(found | settings))
+
+
 def text_to_image(
     processor: Processor | None = None,
     task: Task | None = None,
@@ -55,7 +74,7 @@ def text_to_image(
     **settings: Any,
 ) -> Variant:
     """Think, then draw one image."""
-    scenario = Scenario(**settings)
+    scenario = make_scenario(processor, {}, settings)
     return play(scenario, processor, task, reward, shapes_task=ShapesTask(), shapes_reward="shapes")
 
 
@@ -73,7 +92,7 @@ def edit(
         "source_images": source_images,
         "min_source_images": min(source_images, 1),
     }
-    scenario = Scenario(**(defaults | settings))
+    scenario = make_scenario(processor, defaults, settings)
     shapes_task = EditTask(source_images)
     return play(scenario, processor, task, reward, shapes_task=shapes_task, shapes_reward="edit")
 
@@ -98,7 +117,7 @@ def reflect(
         # What the worst episode gets: every image was drawn, and the last one is wrong.
         "lowest_reward": -extra_image_penalty * (image_budget - 1),
     }
-    scenario = Scenario(**(defaults | settings))
+    scenario = make_scenario(processor, defaults, settings)
     return play(
         scenario,
         processor,
@@ -123,7 +142,7 @@ def story(
         "text_budget": max(24, 4 * images),
         "image_budget": images,
     }
-    scenario = Scenario(**(defaults | settings))
+    scenario = make_scenario(processor, defaults, settings)
     shapes_task = StoryTask(images)
     return play(scenario, processor, task, reward, shapes_task=shapes_task, shapes_reward="story")
 
@@ -136,7 +155,7 @@ def dialogue(
 ) -> Variant:
     """Draw what the user asks for, read what they want changed, and draw again."""
     defaults = {"image_budget": 2, "turn_budget": 10}
-    scenario = Scenario(**(defaults | settings))
+    scenario = make_scenario(processor, defaults, settings)
     return play(
         scenario, processor, task, reward, shapes_task=DialogueTask(), shapes_reward="dialogue"
     )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unigrpo_env.pixel_latents import PixelLatents
 from unigrpo_env.processor import Processor
-from unigrpo_env.segment_processor import SegmentProcessor
+from unigrpo_env.segment_processor import PixelProcessor
 from unigrpo_env.tasks.task import Task
 from unigrpo_env.tasks.toy import TOY_WORDS, ToyTask
 from unigrpo_env.variants.variant import RewardSpec, Scenario, Variant
@@ -31,7 +31,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-class ToyProcessor(SegmentProcessor):
+class ToyProcessor(PixelProcessor):
     """Five tokens, and one latent token of 2 x 2 RGB values."""
 
     time_shift = 1.0

@@ -71,7 +71,7 @@ class Scenario:
         may_end: whether the model may end the episode by its processor's `end_id`.
         end_before_image: whether it may do so before the first image.
         lowest_reward: of an episode that ends without an image.
-        system_prompt: a text of its own before every prompt.
+        system_prompt: a text of its own before every prompt; None for the processor's own.
     """
 
     prompt_budget: int = 16
@@ -87,7 +87,7 @@ class Scenario:
     may_end: bool = False
     end_before_image: bool = False
     lowest_reward: float = 0.0
-    system_prompt: str = ""
+    system_prompt: str | None = None
 
     def rules(self, processor: Processor) -> Rules:
         """The same in a processor's tokens and latents.
@@ -137,6 +137,8 @@ class Scenario:
             end_before_image=self.end_before_image,
             forbidden_ids=tuple(sorted(forbidden)),
             pad_id=processor.pad_id,
+            opening_length=processor.opening_length(thinks),
+            pixel_size=processor.pixel_size or (0, 0),
         )
 
     def _check_processor(self, processor: Processor, reads_images: bool) -> None:
@@ -166,13 +168,18 @@ class Scenario:
             task: the source of prompts.
             reward: of a finished episode.
         """
+        system_prompt = self.system_prompt
+        if system_prompt is None:
+            system_prompt = processor.system_prompt(
+                thinks=self.text_budget > 0, draws=self.image_budget > 0
+            )
         return Variant(
             self.rules(processor),
             processor,
             task,
             reward,
             lowest_reward=self.lowest_reward,
-            system_prompt=self.system_prompt,
+            system_prompt=system_prompt,
         )
 
 

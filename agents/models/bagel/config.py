@@ -24,6 +24,8 @@ class BagelConfig:
         rms_norm_eps: epsilon of all norms of the language model.
         hidden_act: activation of the MLPs.
         z_channels: channels of a latent image.
+        downsampling: sides of an image are so many times those of its latent image; 1 without an
+            auto-encoder.
         latent_patch_size: a latent token holds a `patch x patch` square of `z_channels` values.
         latent_height: latent tokens from top to bottom.
         latent_width: latent tokens from left to right.
@@ -45,6 +47,7 @@ class BagelConfig:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     z_channels: int = 16
+    downsampling: int = 8
     latent_patch_size: int = 2
     latent_height: int = 64
     latent_width: int = 64

@@ -7,16 +7,13 @@ that end in `_moe_gen`). Attention is shared.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-import torch.nn.functional as F
-from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from torch import Tensor, nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, apply_rotary_pos_emb
 
+from agents.models.bagel.attention import attend
 from agents.models.bagel.config import BagelConfig
-from agents.models.kv_cache import KeyValueContext
+from agents.models.kv_cache import Extend
 
 UNDERSTANDING = ""
 """Suffix of the weight names of the understanding expert."""
@@ -34,7 +31,6 @@ class Attention(nn.Module):
     def __init__(self, config: BagelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         hidden = config.hidden_size
         key_width = config.num_key_value_heads * config.head_dim
         # The order of the modules is that of the parameters, and so of the random draws.
@@ -96,23 +92,32 @@ class Layer(nn.Module):
         self,
         streams: dict[str, Tensor],
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor,
-        context: KeyValueContext,
-        index: int,
+        bias: Tensor | None,
+        extend: Extend,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Run the layer on new tokens; attention sees those of all experts side by side.
 
         Args:
             streams: the new tokens of each expert, `[N, T_expert, hidden_size]`; T in all.
             rotary: cosines and sines, each `[N, T, head_dim]` or `[N, 1, head_dim]`.
-            mask: `[N, 1, T, size + T]`, added to the attention scores.
-            context: what was read before, `size` slots.
-            index: the index of this layer.
+            bias: added to the attention scores, `[N, 1, T, K]` or `[N, 1, 1, K]`; or None.
+            extend: puts the new keys and values after those of the context.
 
         Returns:
-            The new `streams`, and keys and values with the context's before them, each
-            `[N, kv_heads, size + T, head_dim]`.
+            The new `streams`, and keys and values as `extend` gave them, each
+            `[N, kv_heads, K, head_dim]`.
         """
+        # A method of its own, so that no query is kept in memory while the MLP runs.
+        mixed, keys, values = self._attend(streams, rotary, bias, extend)
+        return self._outputs(streams, mixed), keys, values
+
+    def _attend(
+        self,
+        streams: dict[str, Tensor],
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        extend: Extend,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Each expert projects its own tokens; attention then mixes those of all experts.
         queries = []
         keys = []
@@ -124,20 +129,16 @@ class Layer(nn.Module):
             queries.append(query)
             keys.append(key)
             values.append(value)
-        # [N, heads, T, head_dim], in the order of `streams`, which is that of positions and mask.
+        # [N, heads, T, head_dim], in the order of `streams`, which is that of positions and bias.
         query = _side_by_side(queries)
         key = _side_by_side(keys)
         value = _side_by_side(values)
         # Cosines and sines have no axis of heads: `unsqueeze_dim` gives them one.
         query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=1)
-        all_keys, all_values = context.attend(index, key, value)
-        # [N, heads, T, head_dim]; with `enable_gqa` several query heads share a head of keys.
-        mixed = F.scaled_dot_product_attention(
-            query, all_keys, all_values, mask, enable_gqa=self.self_attn.grouped
-        )
+        all_keys, all_values = extend(key, value)
         # [N, heads, T, head_dim] -> [N, T, hidden_size]
-        mixed = mixed.transpose(1, 2).flatten(2)
-        return self._outputs(streams, mixed), all_keys, all_values
+        mixed = attend(query, all_keys, all_values, bias).transpose(1, 2).flatten(2)
+        return mixed, all_keys, all_values
 
     def _outputs(self, streams: dict[str, Tensor], mixed: Tensor) -> dict[str, Tensor]:
         # Cut `mixed` [N, T, hidden_size] along T into the tokens of each expert again.
@@ -186,45 +187,3 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-
-class TimeEmbedder(nn.Module):
-    """Sinusoids of t (cosines first), then a small MLP.
-
-    Args:
-        hidden_size: width of the result.
-        frequencies: the number of sinusoids.
-    """
-
-    def __init__(self, hidden_size: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(
-            nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        """Embed flow times `[N]` float32 in [0, 1] as `[N, hidden_size]`."""
-        # [N, frequencies] float32
-        waves = get_timestep_embedding(
-            t, self.frequencies, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        return self.mlp(waves.to(next(self.mlp.parameters()).dtype))
-
-
-class PositionTable(nn.Module):
-    """Fixed two-dimensional sin-cos positions, column first; a weight that is never trained.
-
-    Args:
-        hidden_size: width of an entry.
-        side: rows and columns of the table.
-
-    Attributes:
-        pos_embed: `[side * side, hidden_size]` float32.
-    """
-
-    def __init__(self, hidden_size: int, side: int) -> None:
-        super().__init__()
-        # A parameter as in the release, although it is never trained.
-        table = get_2d_sincos_pos_embed(hidden_size, side, base_size=side, output_type="pt")
-        self.pos_embed = nn.Parameter(cast(Tensor, table).float(), requires_grad=False)

@@ -1,110 +1,89 @@
 """BAGEL (Deng et al. 2025, arXiv 2505.14683) behind the methods of `UnifiedModel`.
 
-Two experts share one attention over one linear context, see `layers`. The released model of 14
-billion parameters and the tiny model of this package are two configs of the same class, under the
-original weight names.
-
-Text is causal, with one rotary position a token. An image is `<start> tokens <end>` at one single
-position. It attends fully to itself and tells its tokens apart by a fixed sin-cos table.
+`network` holds the architecture. The released model of 14 billion parameters and the tiny model of
+this package are two configs of the same class, under the original weight names.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from agents.models.bagel.config import BagelConfig
-from agents.models.bagel.layers import (
-    GENERATION,
-    UNDERSTANDING,
-    LanguageModel,
-    PositionTable,
-    TimeEmbedder,
+from agents.models.bagel.embeddings import grid_positions
+from agents.models.bagel.layers import GENERATION, UNDERSTANDING
+from agents.models.bagel.network import TABLES, BagelNetwork
+from agents.models.bagel.release_files import (
+    find_weights,
+    is_release,
+    read_weights,
+    write_release,
 )
-from agents.models.bagel.vision import Connector, VisionConfig, VisionEncoder
 from agents.models.base import UnifiedModel
 from agents.models.kv_cache import KeyValueContext
 
-TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-"""Fixed sin-cos tables: they are in the weights file and are never trained."""
 IMAGE_PARTS = ("time_embedder.", "vae2llm.", "llm2vae.")
 """Parts outside the layers that belong to the image expert."""
 
-LayerResults = tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
 
-
-class Bagel(UnifiedModel[KeyValueContext]):
+class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
     """The unified model: it reads text and images, writes text and predicts velocities.
 
     Args:
         config: the sizes. Weights are random until they are loaded, or set by `initialise`.
-
-    Attributes:
-        latent_positions: `[L]` int64, the entry of each latent token in the position table.
-        marker_ids: `[2]` int64, the tokens around an image.
     """
 
     config_class = BagelConfig
-    latent_positions: Tensor
-    marker_ids: Tensor
+    config: BagelConfig
+    lora_targets = (r"^language_model\.model\.layers\.",)
 
-    def __init__(self, config: BagelConfig) -> None:
-        super().__init__()
-        self.config = config
-        # The order of the modules is that of the random draws in `initialise`.
-        self.language_model = LanguageModel(config)
-        self.time_embedder = TimeEmbedder(config.hidden_size)
-        self.vae2llm = nn.Linear(config.latent_dim, config.hidden_size)
-        self.llm2vae = nn.Linear(config.hidden_size, config.latent_dim)
-        self.latent_pos_embed = PositionTable(config.hidden_size, config.max_latent_size)
-        # Without a vision encoder the model reads an image only as latents.
-        if config.vision is not None:
-            self.vit_model = VisionEncoder(config.vision)
-            self.connector = Connector(config.vision, config.hidden_size)
-            self.vit_pos_embed = PositionTable(config.hidden_size, config.vision.max_patches)
-        self.rotary = Qwen2RotaryEmbedding(config.qwen2())
-        # Entry `row * max_latent_size + column` of the position table for each latent token.
-        rows = torch.arange(config.latent_height)
-        columns = torch.arange(config.latent_width)
-        positions = (rows[:, None] * config.max_latent_size + columns).flatten()
-        markers = torch.tensor([config.image_start_id, config.image_end_id])
-        # Not persistent: both follow from the config, so the weights file need not hold them.
-        self.register_buffer("latent_positions", positions, persistent=False)
-        self.register_buffer("marker_ids", markers, persistent=False)
-
-    def initialise(self, seed: int, std: float = 0.02) -> Bagel:
-        """Set fresh weights.
-
-        Matrices are normal, norms one, biases and the velocity head zero. The generation expert is
-        a copy of the understanding expert.
+    @classmethod
+    def from_release(
+        cls,
+        folder: str | Path,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        vision: bool = True,
+    ) -> Bagel:
+        """Load the released weights, see `agents.models.bagel.release.load_release`.
 
         Args:
-            seed: of the normal weights.
-            std: their standard deviation.
+            folder: with `llm_config.json` and the weights.
+            height: of the images to be drawn, in pixels; the largest possible if left out.
+            width: likewise.
+            dtype: of the weights, and so of all computations.
+            device: where the weights are to be.
+            vision: whether to load the vision encoder.
 
-        Returns:
-            The model itself.
+        Raises:
+            ValueError: a file is missing or does not fit.
         """
-        generator = torch.Generator().manual_seed(seed)
-        weights = dict(self.named_parameters())
-        with torch.no_grad():
-            for name, weight in weights.items():
-                if name in TABLES:
-                    continue
-                if weight.ndim != 1:
-                    weight.normal_(0, std, generator=generator)
-                elif "norm" in name and name.endswith("weight"):
-                    weight.fill_(1.0)
-                else:
-                    weight.fill_(0.0)
-            # Copied after all draws: each weight above has drawn its own numbers.
-            for name, weight in weights.items():
-                if GENERATION in name:
-                    weight.copy_(weights[name.replace(GENERATION, UNDERSTANDING)])
-            self.llm2vae.weight.zero_()
-        return self
+        # Imported here, because `release` needs this module.
+        from agents.models.bagel.release import load_release
+
+        return load_release(
+            folder, height=height, width=width, dtype=dtype, device=device, vision=vision
+        )
+
+    def write_weights(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See `UnifiedModel`. A model of a released folder is written as one."""
+        if self.source and is_release(self.source):
+            write_release(self, folder, tensors)
+        else:
+            super().write_weights(folder, tensors)
+
+    def read_weights(self, folder: Path) -> dict[str, Tensor]:
+        """See `UnifiedModel`."""
+        if not is_release(folder):
+            return super().read_weights(folder)
+        return read_weights(find_weights(folder, vision=self.config.vision is not None))
 
     @property
     def vocab_size(self) -> int:
@@ -115,6 +94,43 @@ class Bagel(UnifiedModel[KeyValueContext]):
     def latent_shape(self) -> tuple[int, int]:
         """See `UnifiedModel`."""
         return self.config.latent_height * self.config.latent_width, self.config.latent_dim
+
+    def set_image_size(self, height: int, width: int) -> None:
+        """Draw images of this size from now on; the processor, if it can be resized, follows.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+
+        Raises:
+            ValueError: there are no positions for an image of this size, or the processor is for
+                another size and cannot be resized.
+        """
+        config = self.config
+        # Pixels of a latent token, along each side.
+        side = config.downsampling * config.latent_patch_size
+        longest = side * config.max_latent_size
+        divides = height % side == 0 and width % side == 0
+        if not divides or min(height, width) < side or max(height, width) > longest:
+            raise ValueError(
+                f"expected an image height and width in multiples of {side} up to {longest} "
+                f"pixels, got {height} x {width}; choose the nearest such size"
+            )
+        processor = self._find_processor()
+        resized = getattr(processor, "resized", None)
+        if resized is not None:
+            self.processor = resized(height, width)
+        elif processor is not None and processor.image_size != (height, width):
+            expected = " x ".join(map(str, processor.image_size))
+            raise ValueError(
+                f"expected a size of {expected} pixels, because {type(processor).__name__} takes "
+                f"no other, got {height} x {width}; set another `model.processor` first"
+            )
+        rows = height // side
+        columns = width // side
+        self.config = dataclasses.replace(config, latent_height=rows, latent_width=columns)
+        positions = grid_positions(rows, columns, config.max_latent_size)
+        self.latent_positions = positions.to(self.latent_positions.device)
 
     def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
         """See `UnifiedModel`. The vision encoder and its connector belong to the text expert."""
@@ -137,7 +153,47 @@ class Bagel(UnifiedModel[KeyValueContext]):
             values=[weight.new_zeros(shape) for _ in layers],
             valid=torch.zeros(batch_size, 0, dtype=torch.bool, device=weight.device),
             position=torch.zeros(batch_size, dtype=torch.int64, device=weight.device),
+            dense=True,
         )
+
+    def reserve(self, context: KeyValueContext, tokens: int, images: int) -> None:
+        """See `UnifiedModel`. An image takes slots for its latents and, if it is seen, its pixels.
+
+        With gradient nothing is reserved, because each call makes new tensors then.
+        """
+        if not context.in_place:
+            return
+        # Each segment of an image has two markers.
+        slots = 2 + self.latent_shape[0]
+        processor = self._find_processor()
+        if self.config.vision is not None and processor is not None and processor.pixel_size:
+            height, width = processor.pixel_size
+            patch = self.config.vision.patch_size
+            slots += 2 + (height // patch) * (width // patch)
+        context.reserve(tokens + images * slots, exact=True)
+
+    def velocity_bytes(self, context: KeyValueContext) -> int:
+        """See `UnifiedModel`. An estimate for a forward pass without gradient.
+
+        It adds up what is in memory at once, in the dtype of the weights, for the T tokens of an
+        image and the K slots that they see: five times the hidden states (the embedded tokens; a
+        layer's input, mixed by attention, after it, and normed), keys and values of one layer, and
+        the larger of what the MLP and the attention take.
+
+        Args:
+            context: what was read.
+        """
+        config = self.config
+        length = 2 + self.latent_shape[0]
+        key_width = config.num_key_value_heads * config.head_dim
+        hidden = 5 * length * config.hidden_size
+        keys = 2 * (context.size + length) * key_width
+        # The gate, what it multiplies, and the product.
+        mlp = 3 * length * config.intermediate_size
+        # Queries and keys as they were projected, normed and rotated; and the copy for a GPU.
+        attention = 4 * length * (config.hidden_size + key_width)
+        values = hidden + keys + max(mlp, attention)
+        return values * self.vae2llm.weight.element_size()
 
     def append_text(
         self,
@@ -147,36 +203,45 @@ class Bagel(UnifiedModel[KeyValueContext]):
         *,
         last_only: bool = False,
     ) -> tuple[Tensor, KeyValueContext]:
-        """See `UnifiedModel`."""
+        """See `UnifiedModel`. Logits have the dtype of the weights."""
+        hidden, grown = self.append_hidden(context, ids, mask)
+        # The head is the most expensive part of a long text: run it on one position.
+        if last_only and ids.shape[1] > 1:
+            hidden = _last_unmasked(hidden, mask)
+        return self.compute_logits(hidden), grown
+
+    def append_hidden(
+        self,
+        context: KeyValueContext,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        *,
+        roles: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValueContext]:
+        """See `UnifiedModel`. States `[N, T, hidden_size]`, before the last norm."""
+        all_valid = mask is None
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
         # Unmasked tokens up to each token, [N, T]. Padding takes no rotary position.
         count = mask.cumsum(1)
         # [N, T]; a token after `n` unmasked tokens of this call stands `n` positions on.
         position = context.position[:, None] + (count - mask.long())
-        # [N, T, size + T]
-        visible = _text_attention(context, mask)
-        trunk = self.language_model.model
-        with self.autocast():
-            embedded = {UNDERSTANDING: trunk.embed_tokens(ids)}
-            streams, keys, values = self._run_layers(embedded, position, visible, context)
-            # [N, T, hidden_size]
-            hidden = streams[UNDERSTANDING]
-            # The head is the most expensive part of a long text: run it on one position.
-            if last_only and ids.shape[1] > 1:
-                # [N, 1, hidden_size]
-                hidden = _last_unmasked(hidden, count)
-            logits = self.language_model.lm_head(trunk.norm(hidden))
-        return logits, context.advance(keys, values, mask, context.position + count[:, -1])
+        streams, keys, values = self.run_text(context, ids, mask, position)
+        after = context.position + count[:, -1]
+        grown = context.advance(keys, values, mask, after, all_valid=all_valid)
+        return streams[UNDERSTANDING], grown
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """See `UnifiedModel`."""
+        return self.language_model.lm_head(self.language_model.model.norm(hidden))
 
     def predict_velocity(self, context: KeyValueContext, x: Tensor, t: Tensor) -> Tensor:
-        """See `UnifiedModel`."""
-        with self.autocast():
-            tokens = self._latent_tokens(x, t)
-            streams, _, _ = self._run_image(context, tokens, GENERATION)
-            # [N, L, hidden_size]; the markers' states are not needed.
-            hidden = self.language_model.model.norm_moe_gen(streams[GENERATION])
-            return self.llm2vae(hidden).float()
+        """See `UnifiedModel`. The image's keys are dropped layer by layer."""
+        tokens = self.embed_latents(x, t)
+        streams, _, _ = self.run_image(context, tokens, GENERATION, keep=False)
+        # [N, L, hidden_size]; the markers' states are not needed.
+        hidden = self.language_model.model.norm_moe_gen(streams[GENERATION])
+        return self.llm2vae(hidden).float()
 
     def append_image(
         self,
@@ -196,16 +261,11 @@ class Bagel(UnifiedModel[KeyValueContext]):
         if latent is None and pixels is None:
             raise ValueError("expected a latent, pixels, or both; got neither")
         if latent is not None and pixels is None and self.config.vision is not None:
-            with torch.no_grad():
-                # The decoded image is an input like any other: no gradient reaches the latent.
-                pixels = self.vit_model.fit(self.processor.decode_latents(latent))
-        # One autocast around both parts: they share the cast weights, so in low precision their
-        # gradients are added before they are cast back.
-        with self.autocast():
-            if latent is not None:
-                context = self.append_latents(context, latent, mask, with_grad=with_grad)
-            if pixels is not None:
-                context = self.append_pixels(context, pixels, mask, with_grad=with_grad)
+            pixels = self._view_latents(latent)
+        if latent is not None:
+            context = self.append_latents(context, latent, mask, with_grad=with_grad)
+        if pixels is not None:
+            context = self.append_pixels(context, pixels, mask, with_grad=with_grad)
         return context
 
     def append_latents(
@@ -230,11 +290,10 @@ class Bagel(UnifiedModel[KeyValueContext]):
         Returns:
             The grown context.
         """
-        with self.autocast():
-            # Clean latents have flow time 0.
-            clean = torch.zeros(len(latent), device=latent.device)
-            tokens = self._latent_tokens(latent, clean)
-            return self._append_segment(context, tokens, GENERATION, mask, with_grad)
+        # Clean latents have flow time 0.
+        clean = torch.zeros(len(latent), device=latent.device)
+        tokens = self.embed_latents(latent, clean)
+        return self._append_segment(context, tokens, GENERATION, mask, with_grad)
 
     def append_pixels(
         self,
@@ -250,7 +309,7 @@ class Bagel(UnifiedModel[KeyValueContext]):
 
         Args:
             context: what came before.
-            pixels: `[N, 3, height, width]` float32 in [-1, 1], see `VisionEncoder.fit`.
+            pixels: `[N, 3, height, width]` float32 in [-1, 1].
             mask: `[N]` bool, the rows that read; all if left out.
             with_grad: see `UnifiedModel.append_image`.
 
@@ -260,48 +319,33 @@ class Bagel(UnifiedModel[KeyValueContext]):
         Raises:
             ValueError: the model has no vision encoder, or it takes no images of this size.
         """
-        vision = self._require_vision()
-        with self.autocast():
-            positions = self.vit_model.patch_positions(pixels, vision.max_patches)
-            # [patches, hidden_size]
-            table = self.vit_pos_embed.pos_embed[positions]
-            with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
-                features = self.vit_model(pixels.to(self.vae2llm.weight.dtype))
-                tokens = self.connector(features) + table
-            return self._append_segment(context, tokens, UNDERSTANDING, mask, with_grad)
+        self._require_vision()
+        with torch.set_grad_enabled(with_grad and torch.is_grad_enabled()):
+            tokens = self.embed_pixels(pixels)
+        return self._append_segment(context, tokens, UNDERSTANDING, mask, with_grad)
 
-    def _require_vision(self) -> VisionConfig:
+    def _require_vision(self) -> None:
         if self.config.vision is None:
             raise ValueError(
                 "expected a model with a vision encoder, because `pixels` were given, but this one "
                 "has none; leave `pixels` out"
             )
-        return self.config.vision
 
-    def _latent_tokens(self, x: Tensor, t: Tensor) -> Tensor:
-        """Embed latents `[N, L, C]` at times `[N]` as `[N, L, hidden_size]`."""
-        dtype = self.vae2llm.weight.dtype
-        tokens = self.vae2llm(x.to(dtype)) + self.time_embedder(t)[:, None]
-        return tokens + self.latent_pos_embed.pos_embed[self.latent_positions].to(dtype)
+    @torch.no_grad()
+    def _view_latents(self, latent: Tensor) -> Tensor:
+        """What the vision encoder sees of latents `[N, L, C]`: pixels in [-1, 1].
 
-    def _run_image(self, context: KeyValueContext, tokens: Tensor, expert: str) -> LayerResults:
-        """Run all layers on one image segment.
-
-        The markers go through the understanding expert, `tokens` `[N, T, hidden_size]` through
-        `expert`. The two markers stand before the tokens: a set of keys has no order.
+        They are an input like any other: no gradient reaches the latents.
         """
-        # [2, hidden_size] -> [N, 2, hidden_size]
-        markers = self.language_model.model.embed_tokens(self.marker_ids)
-        markers = markers.expand(len(tokens), -1, -1)
-        length = 2 + tokens.shape[1]
-        # Every token of the segment sees the valid context and the whole segment: [N, T, size + T].
-        before = context.valid[:, None, : context.size]
-        visible = F.pad(before, (0, length), value=True).expand(-1, length, -1)
-        if expert == UNDERSTANDING:
-            streams = {UNDERSTANDING: torch.cat([markers, tokens], 1)}
-        else:
-            streams = {UNDERSTANDING: markers, expert: tokens}
-        return self._run_layers(streams, context.position[:, None], visible, context)
+        processor = self.processor
+        if processor.pixel_size is None:
+            raise ValueError(
+                f"expected a processor with a pixel_size, because this {type(self).__name__} has a "
+                f"vision encoder, got {type(processor).__name__} without; give `pixels`, or set "
+                "`model.processor` to one that defines pixel_size and view_images"
+            )
+        seen = processor.view_images(processor.decode_latents(latent))
+        return seen.to(latent.device).float() / 127.5 - 1
 
     def _append_segment(
         self,
@@ -312,89 +356,37 @@ class Bagel(UnifiedModel[KeyValueContext]):
         with_grad: bool,
     ) -> KeyValueContext:
         """Append one image segment in the rows of `mask` `[N]` bool (all if left out)."""
-        if with_grad or not torch.is_grad_enabled():
-            _, keys, values = self._run_image(context, tokens, expert)
-        else:
+        length = 2 + tokens.shape[1]
+        if torch.is_grad_enabled() and not with_grad:
             # The new slots are computed without gradient; the old slots keep their gradient.
             with torch.no_grad():
-                _, new_keys, new_values = self._run_image(context.detach(), tokens, expert)
-            keys = _with_new_slots(context.keys, new_keys, context.size)
-            values = _with_new_slots(context.values, new_values, context.size)
-        # Rows outside the mask get slots that are not valid, and their position stays.
+                copied = context.detach()
+                copied.reserve(length, exact=True)
+                grown = self._append_segment(copied, tokens, expert, mask, with_grad)
+            return context.with_later_slots(grown)
+        _, keys, values = self.run_image(context, tokens, expert)
+        all_valid = mask is None
         if mask is None:
             mask = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-        valid = mask[:, None].expand(-1, 2 + tokens.shape[1])
-        return context.advance(keys, values, valid, context.position + mask)
-
-    def _run_layers(
-        self,
-        streams: dict[str, Tensor],
-        position: Tensor,
-        visible: Tensor,
-        context: KeyValueContext,
-    ) -> LayerResults:
-        """Run all layers on new tokens.
-
-        Args:
-            streams: the new tokens of each expert, `[N, T_expert, hidden_size]`; T in all.
-            position: rotary positions `[N, T]` int64, or `[N, 1]` if all are the same.
-            visible: `[N, T, size + T]` bool, True where a token sees another.
-            context: what was read before.
-
-        Returns:
-            The last hidden states by expert, and keys and values of each layer.
-        """
-        if context.in_place:
-            context.reserve(visible.shape[1])
-        sample = next(iter(streams.values()))
-        # Cosines and sines, each [N, T, head_dim] or [N, 1, head_dim].
-        rotary = self.rotary(sample, position)
-        # Added to the attention scores of all heads: [N, 1, T, size + T].
-        bias = torch.zeros(visible.shape, dtype=sample.dtype, device=sample.device)
-        bias = bias.masked_fill_(~visible, -torch.inf)[:, None]
-        keys = []
-        values = []
-        for index, layer in enumerate(self.language_model.model.layers):
-            streams, key, value = layer(streams, rotary, bias, context, index)
-            keys.append(key)
-            values.append(value)
-        return streams, keys, values
+        # Rows outside the mask get slots that are not valid, and their position stays.
+        valid = mask[:, None].expand(-1, length)
+        position = context.position + mask
+        return context.advance(keys, values, valid, position, all_valid=all_valid)
 
 
-def _text_attention(context: KeyValueContext, mask: Tensor) -> Tensor:
-    """What each text token sees, `[N, T, size + T]` bool, given the mask `[N, T]` of padding.
-
-    A token sees the context, the unmasked tokens before it, and itself. A padding token sees itself
-    too, so that no softmax is empty.
-    """
-    length = mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=mask.device)
-    # [N, T, T]
-    among_new = causal & (mask[:, None, :] | itself)
-    # [N, T, size]
-    before = context.valid[:, None, : context.size].expand(-1, length, -1)
-    return torch.cat([before, among_new], 2)
-
-
-def _last_unmasked(hidden: Tensor, count: Tensor) -> Tensor:
+def _last_unmasked(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Take each row's last unmasked position of `hidden` `[N, T, H]`, as `[N, 1, H]`.
 
     Args:
         hidden: `[N, T, H]`.
-        count: `[N, T]` int64, the number of unmasked positions up to each.
+        mask: `[N, T]` bool; all are unmasked if it is None.
     """
+    if mask is None:
+        return hidden[:, -1:]
+    # [N, T], the number of unmasked positions up to each.
+    count = mask.cumsum(1)
     # The positions before the last unmasked one are those with a smaller count.
     # [N]; a row without an unmasked position gets 0.
-    last = (count[:, -1:] > count).sum(1).clamp_(max=hidden.shape[1] - 1)
+    last = (count[:, -1:] > count).sum(1)
     rows = torch.arange(len(hidden), device=hidden.device)
     return hidden[rows, last].unsqueeze(1)
-
-
-def _with_new_slots(old: list[Tensor], new: list[Tensor], size: int) -> list[Tensor]:
-    """Join the first `size` slots of `old`, with their gradient, and the later ones of `new`."""
-    joined = []
-    # Each is [N, kv_heads, slots, head_dim].
-    for before, after in zip(old, new, strict=True):
-        joined.append(torch.cat([before[:, :, :size], after[:, :, size:]], 2))
-    return joined

@@ -17,6 +17,7 @@ TINY_CONFIG = BagelConfig(
     rope_theta=1e3,
     # The shapes world has no auto-encoder: a latent token is a 4 x 4 square of pixels.
     z_channels=3,
+    downsampling=1,
     latent_patch_size=4,
     latent_height=6,
     latent_width=6,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+from agents.models.bagel.embeddings import grid_positions
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,6 @@ class VisionConfig:
         num_attention_heads: heads of its attention.
         image_size: longest side of an image, in pixels; with `patch_size` it sets the side of the
             encoder's position table.
-        min_size: `VisionEncoder.fit` enlarges the shorter side of a smaller image to this.
         patch_size: side of a patch, in pixels.
         layer_norm_eps: epsilon of all norms.
         hidden_act: activation of the MLPs.
@@ -36,7 +35,6 @@ class VisionConfig:
     num_hidden_layers: int = 26
     num_attention_heads: int = 16
     image_size: int = 980
-    min_size: int = 224
     patch_size: int = 14
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
@@ -95,32 +93,6 @@ class VisionEncoder(nn.Module):
         """The most patches a side for which both position tables have an entry."""
         return min(self.config.image_size // self.config.patch_size, self.config.max_patches)
 
-    def fit(self, images: Tensor) -> Tensor:
-        """Resize images to a size that `forward` takes.
-
-        The longer side is reduced to `image_size`, then the shorter side is enlarged to `min_size`,
-        then each is rounded to a multiple of the patch for which there are positions.
-
-        Args:
-            images: `[N, 3, height, width]` float32 in [0, 1].
-
-        Returns:
-            `[N, 3, new height, new width]` float32 in [-1, 1].
-        """
-        patch = self.config.patch_size
-        sides = images.shape[2:]
-        # An image is never enlarged by `shrink`, only by `min_size`.
-        shrink = min(self.config.image_size / max(sides), 1)
-        scale = max(shrink, self.config.min_size / min(sides))
-        fitting = []
-        for side in sides:
-            # At least one patch, however narrow the image is.
-            patches = max(1, round(side * scale / patch))
-            fitting.append(patch * min(patches, self.max_patches_per_side))
-        if fitting != list(sides):
-            images = F.interpolate(images, fitting, mode="bicubic", antialias=True).clamp(0, 1)
-        return images * 2 - 1
-
     def patches(self, pixels: Tensor) -> Tensor:
         """Cut images `[N, 3, height, width]` into patches.
 
@@ -152,18 +124,15 @@ class VisionEncoder(nn.Module):
         if height % patch or width % patch or max(height, width) > longest:
             raise ValueError(
                 f"expected image sides that are multiples of {patch} up to {longest} pixels, "
-                f"got {height} x {width}; resize the image first, see VisionEncoder.fit"
+                f"got {height} x {width}; resize the image first, as a Processor's view_images does"
             )
-        # [rows, 1] * stride + [columns] -> [rows * columns]
-        rows = torch.arange(height // patch, device=pixels.device)
-        columns = torch.arange(width // patch, device=pixels.device)
-        return (rows[:, None] * stride + columns).flatten()
+        return grid_positions(height // patch, width // patch, stride).to(pixels.device)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode images; each attends to itself alone.
 
         Args:
-            pixels: `[N, 3, height, width]` in [-1, 1], of a size as `fit` gives it.
+            pixels: `[N, 3, height, width]` in [-1, 1], see `patch_positions`.
 
         Returns:
             Features `[N, patches, hidden_size]`.

@@ -15,7 +15,7 @@ try:
     main(["--help"])
 except SystemExit as stop:
     assert stop.code == 0
-heavy = {"torch", "hydra", "rich.live", "rewards", "matplotlib"} & set(sys.modules)
+heavy = {"torch", "hydra", "rich.live", "rewards", "matplotlib", "peft"} & set(sys.modules)
 assert not heavy, heavy
 assert time.process_time() < 1
 """

@@ -56,6 +56,8 @@ def test_toy_groups_set_what_the_toy_needs():
         ("trainer.iteration=3", "unknown setting 'trainer.iteration'; did you mean 'trainer.iter"),
         ("iterations", "unknown setting 'iterations'; expected section.key=value or group=option"),
         ("+env.foo=1", "unknown setting 'env.foo'"),
+        ("model.lora.text.rnk=1", "did you mean 'model.lora.text.rank'"),
+        ("model.lora.text=1", "unknown setting 'model.lora.text'"),
         ("algoritm=fpo", "unknown setting 'algoritm'; did you mean 'algorithm'"),
         ("zzz=1", "unigrpo train --help lists all of them"),
         ("algorithm=flow_grp", "unknown algorithm 'flow_grp'; did you mean 'flow_grpo'"),
@@ -91,6 +93,9 @@ def test_override_config():
     assert changed.trainer.seed == 5
     assert changed.env.reward == "edit + 0.1 * brevity"
     assert changed.output.imports == ["a"]
+    deeper = override_config(config, ["model.lora.text.rank=3", "model.lora.targets=[q_proj]"])
+    assert deeper.model.lora.text.rank == 3
+    assert deeper.model.lora.targets == ["q_proj"]
     assert changed.env.variant == "edit"
     assert config.trainer.seed == 0, "the first settings stay as they are"
 

@@ -22,6 +22,18 @@ def test_unknown_keys_are_refused():
         Config.from_dict({"trainer": {"unknown": 1}})
 
 
+def test_sections_may_hold_sections():
+    names = [name for name, _ in settings()]
+    assert "model.lora.image.rank" in names
+    assert "model.lora.targets" in names
+    assert "model.lora" not in names
+    config = load_config(["model.lora.image.rank=4", "model.lora.targets=[q_proj]"])
+    assert config.model.lora.image.rank == 4
+    assert Config.from_dict(config.to_dict()) == config
+    config.model.lora.targets.append("k_proj")
+    assert Config().model.lora.targets == []
+
+
 def test_every_setting_has_help():
     for name, entry in settings():
         assert entry.metadata["help"], name

@@ -43,6 +43,12 @@ def test_check_setting(rules, good, bad, message):
         ("guidance.renorm=all", "'none', 'global'"),
         ("trainer.dynamic_sampling=refill", "'keep', 'drop', 'replace'"),
         ("model.dtype=float16", "'float32', 'bfloat16'"),
+        ("model.height=0", "expected model.height >= 1, got 0"),
+        ("model.max_rows=0", "expected model.max_rows >= 1"),
+        ("model.lora.text.rank=-1", "expected model.lora.text.rank >= 0, got -1"),
+        ("model.lora.image.alpha=0.0", "expected model.lora.image.alpha > 0"),
+        ("optimizer.ema=1.0", "expected 0 < optimizer.ema < 1"),
+        ("evaluation.batch_size=0", "expected evaluation.batch_size >= 1"),
     ],
 )
 def test_values_out_of_bounds(override, message):
@@ -53,7 +59,11 @@ def test_values_out_of_bounds(override, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.minibatches=3"], "multiple of minibatches x micro_batches = 3"),
+        (["trainer.minibatches=3"], "groups=8 to be a multiple of trainer.minibatches=3"),
+        (["trainer.micro_batches=5"], "32 episodes of a minibatch .* of trainer.micro_batches=5"),
+        (["evaluation.ema=true"], "expected optimizer.ema beside evaluation.ema=true"),
+        (["model.lora.text.alpha=8"], "rank > 0 beside the other settings of model.lora"),
+        (["model.lora.targets=[mlp]"], "rank > 0 beside the other settings of model.lora"),
         (["algorithm.kernel=ode"], "stochastic algorithm.kernel"),
         (["algorithm=fpo", "algorithm.latent_kl_weight=0.1"], "no stochastic steps"),
         (["algorithm=flow_cps", "algorithm.noise_level=2"], r"\(0, 1\] for flow_cps"),
@@ -70,3 +80,8 @@ def test_settings_made_in_python_are_checked():
     settings.groups = 0
     with pytest.raises(ValueError, match=r"trainer\.groups >= 1"):
         Config(trainer=settings)
+
+
+def test_parts_of_an_update_may_be_smaller_than_a_group():
+    config = load_config(["trainer.groups=4", "trainer.group_size=6", "trainer.micro_batches=12"])
+    assert config.trainer.micro_batches == 12

@@ -1,9 +1,14 @@
 """Held-out accuracy."""
 
+import weakref
+
 import pytest
 import torch
 
+from agents.evaluation import accuracy
 from agents.evaluation.accuracy import Evaluation, evaluate
+from agents.policy.actor import Actor
+from unigrpo_env.episodes import Episodes
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import make_variant
 
@@ -91,3 +96,29 @@ def test_greedy_text_depends_on_no_seed(small_bagel):
     prompts = variant.task.prompts("test", 3, 0)
     texts = [evaluate(small_bagel, variant, prompts, temperature=0.0, seed=s).texts for s in (1, 2)]
     assert texts[0] == texts[1]
+
+
+def test_images_are_decoded_in_parts_when_the_context_is_gone(small_bagel, monkeypatch):
+    variant = make_variant("story", text_budget=5, image_steps=2)
+    prompts = variant.task.prompts("test", 5, 0)
+    expected = evaluate(small_bagel, variant, prompts).all_images
+    actors = []
+    decoded = []
+    all_images = Episodes.all_images
+
+    def make_actor(*arguments, **settings):
+        actor = Actor(*arguments, **settings)
+        actors.append(weakref.ref(actor))
+        return actor
+
+    def note(episodes, rows):
+        decoded.append((len(rows), actors[-1]() is None))
+        return all_images(episodes, rows)
+
+    monkeypatch.setattr(accuracy, "Actor", make_actor)
+    monkeypatch.setattr(accuracy, "DECODED_AT_ONCE", 2)
+    monkeypatch.setattr(Episodes, "all_images", note)
+    found = evaluate(small_bagel, variant, prompts).all_images
+    assert decoded[-3:] == [(2, True), (2, True), (1, True)]
+    for images, other in zip(found, expected, strict=True):
+        assert torch.equal(images, other)

@@ -1,9 +1,13 @@
 """The model against numbers of the public reference implementation."""
 
+import re
+
 import pytest
 import torch
+from torch import nn
 
-from agents.models.bagel.model import Bagel, BagelConfig
+from agents.models.bagel.config import BagelConfig
+from agents.models.bagel.model import Bagel
 from agents.models.bagel.tiny_config import TINY_CONFIG, load_tiny
 from unigrpo_env.flow_time import time_grid
 
@@ -101,13 +105,6 @@ def test_initialise_depends_on_the_seed_alone(small_bagel):
             assert torch.equal(value, weights[name.replace("_moe_gen", "")])
 
 
-def test_bfloat16_gives_float32_velocity(small_bagel):
-    small_bagel.compute_dtype = torch.bfloat16
-    _, context = small_bagel.append_text(small_bagel.empty_context(1), torch.tensor([[1, 9, 2]]))
-    velocity = small_bagel.predict_velocity(context, torch.randn(1, 36, 48), torch.tensor([0.5]))
-    assert velocity.dtype == torch.float32
-
-
 def test_shipped_weights_have_the_tiny_config():
     model = load_tiny()
     assert model.config == TINY_CONFIG
@@ -127,3 +124,75 @@ def test_release_without_vision_has_its_size():
             heads += weight.numel()
     assert round(layers / 2 / 1e9, 2) == 6.53
     assert round(heads / 1e9, 2) == 1.09
+
+
+class ResizableProcessor:
+    """Takes images of any size."""
+
+    def __init__(self, height, width):
+        self.image_size = (height, width)
+
+    def resized(self, height, width):
+        return ResizableProcessor(height, width)
+
+
+def test_image_size_moves_the_latent_grid(model):
+    """The oracle's model has a table of 12 x 12 latent tokens, each of 16 x 16 pixels."""
+    wide = Bagel(model.config)
+    wide.load_state_dict(model.state_dict())
+    wide.processor = ResizableProcessor(128, 128)
+    wide.set_image_size(48, 192)
+    assert wide.latent_shape == (36, 64)
+    assert wide.config.latent_height == 3
+    assert wide.processor.image_size == (48, 192)
+    # Row 1 begins at entry 12 of the table.
+    assert wide.latent_positions.tolist() == list(range(36))
+    wide.set_image_size(128, 128)
+    assert torch.equal(wide.latent_positions, model.latent_positions)
+    x = torch.randn(1, 64, 64)
+    t = torch.tensor([0.5])
+    ids = torch.tensor([[1, 2]])
+    _, context = model.append_text(model.empty_context(1), ids)
+    expected = model.predict_velocity(context, x, t)
+    assert torch.equal(wide.predict_velocity(context, x, t), expected)
+
+
+@pytest.mark.parametrize("size", [(40, 32), (0, 32), (32, 208)])
+def test_image_size_without_positions(model, size):
+    small = Bagel(model.config)
+    with pytest.raises(ValueError, match="multiples of 16 up to 192 pixels, got"):
+        small.set_image_size(*size)
+    assert small.config == model.config
+
+
+def test_image_size_that_the_processor_does_not_take(small_bagel):
+    with pytest.raises(ValueError, match="a size of 24 x 24 pixels, because ShapesProcessor"):
+        small_bagel.set_image_size(12, 24)
+    assert small_bagel.latent_shape == (36, 48)
+    small_bagel.set_image_size(24, 24)
+
+
+def test_adapters_go_into_the_layers_alone(vision_bagel):
+    (pattern,) = Bagel.lora_targets
+    matched = set()
+    for name, module in vision_bagel.named_modules():
+        if isinstance(module, nn.Linear) and re.search(pattern, name):
+            matched.add(re.sub(r"\d+", "0", name))
+    assert len(matched) == 14, "seven linear layers of each expert"
+    assert all(name.startswith("language_model.model.layers.0.") for name in matched)
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_logits_are_those_of_the_hidden_states(small_bagel, last_only):
+    ids = torch.tensor([[1, 9, 2], [4, 5, 0]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logits, _ = small_bagel.append_text(
+        small_bagel.empty_context(2), ids, mask, last_only=last_only
+    )
+    hidden, _ = small_bagel.append_hidden(small_bagel.empty_context(2), ids, mask)
+    assert hidden.shape == (2, 3, 32)
+    if last_only:
+        hidden = hidden[[0, 1], [2, 1], None]
+    assert torch.equal(small_bagel.compute_logits(hidden), logits)
+    # Any shape of states will do.
+    torch.testing.assert_close(small_bagel.compute_logits(hidden[0, 0]), logits[0, 0])

@@ -1,22 +1,33 @@
 """The vision encoder against numbers of the public reference implementation."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
 
-from agents.models.bagel.model import Bagel, BagelConfig
-from agents.models.bagel.vision import VisionConfig, VisionEncoder
+from agents.models.bagel.config import BagelConfig
+from agents.models.bagel.model import Bagel
+from agents.models.bagel.vision import VisionConfig
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
 
-class StubProcessor:
+class BlindProcessor:
     """Decodes the first values of a latent as a small image."""
 
+    pixel_size = None
+
     def decode_latents(self, latents):
-        return latents[:, :3, :63].unflatten(2, (7, 9)).sigmoid()
+        return latents[:, :3, :48].unflatten(2, (6, 8)).sigmoid()
+
+
+class StubProcessor(BlindProcessor):
+    """Shows each pixel as a square of 2 x 2."""
+
+    pixel_size = (12, 16)
+
+    def view_images(self, images):
+        return (images * 255).byte().repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 @pytest.fixture
@@ -57,19 +68,47 @@ def test_text_about_an_image(editing_model, editing_oracle, read_editing, segmen
 
 @torch.no_grad()
 def test_latent_is_decoded_for_the_encoder(with_processor):
-    """A latent without pixels is read as if its decoded image had been given too."""
+    """A latent without pixels is read as if what the processor shows had been given too."""
     model = with_processor
     latent = torch.randn(2, 24, 64)
     more = torch.tensor([[1], [2]])
-    pixels = model.vit_model.fit(model.processor.decode_latents(latent))
+    seen = model.processor.view_images(model.processor.decode_latents(latent))
+    # 0 ... 255 becomes -1 ... 1.
+    pixels = seen.float() / 127.5 - 1
+    assert pixels.min() < -0.5
+    assert pixels.max() > 0.5
     given = model.append_image(model.empty_context(2), latent, pixels)
     decoded = model.append_image(model.empty_context(2), latent)
     latents_alone = model.append_latents(model.empty_context(2), latent)
     expected, _ = model.append_text(given, more)
     found, _ = model.append_text(decoded, more)
     without, _ = model.append_text(latents_alone, more)
-    torch.testing.assert_close(found, expected)
+    assert torch.equal(found, expected)
     assert (found - without).abs().max() > 1e-3
+
+
+def test_no_gradient_reaches_a_latent_that_is_seen(with_processor):
+    latent = torch.randn(1, 24, 64, requires_grad=True)
+    assert not with_processor._view_latents(latent).requires_grad
+
+
+def test_processor_that_shows_no_pixels(editing_model):
+    model = copy.deepcopy(editing_model)
+    model.processor = BlindProcessor()
+    with pytest.raises(ValueError, match=r"with a pixel_size.*got BlindProcessor without"):
+        model.append_image(model.empty_context(1), torch.zeros(1, 24, 64))
+
+
+@torch.no_grad()
+def test_pixels_alone(editing_model):
+    pixels = torch.rand(2, 3, 24, 28) * 2 - 1
+    found = editing_model.append_image(editing_model.empty_context(2), None, pixels)
+    expected = editing_model.append_pixels(editing_model.empty_context(2), pixels)
+    # Two markers, and 6 x 7 patches.
+    assert found.size == expected.size == 44
+    assert found.position.tolist() == [1, 1]
+    for one, other in zip(found.keys, expected.keys, strict=True):
+        assert torch.equal(one[:, :, :44], other[:, :, :44])
 
 
 def test_append_image_is_latents_then_pixels(with_processor):
@@ -96,24 +135,6 @@ def test_vision_parameters_are_the_text_experts(vision_bagel):
     listed = {id(weight) for weight in vision_bagel.parameters_by_expert()["text"]}
     assert all(id(weight) in listed for weight in vision_bagel.vit_model.parameters())
     assert id(vision_bagel.vit_pos_embed.pos_embed) not in listed
-
-
-@pytest.mark.parametrize(
-    ("size", "fitted"),
-    [
-        ((24, 24), (24, 24)),
-        ((10, 30), (16, 40)),
-        ((100, 50), (40, 20)),
-        ((3, 400), (16, 40)),
-        ((25, 27), (24, 28)),
-    ],
-)
-def test_fit_gives_a_size_that_is_taken(editing_model, size, fitted):
-    encoder = VisionEncoder(dataclasses.replace(editing_model.config.vision, min_size=16))
-    pixels = encoder.fit(torch.rand(1, 3, *size))
-    assert pixels.shape[2:] == fitted
-    assert -1 <= pixels.min() < 0 < pixels.max() <= 1
-    encoder.patch_positions(pixels, 10)
 
 
 @pytest.mark.parametrize("size", [(30, 28), (44, 28)])

@@ -97,6 +97,19 @@ def test_toy_reads_no_images():
         model.append_image(model.empty_context(1), torch.zeros(1, 1, 12))
 
 
+def test_cast_weights_leaves_buffers(small_bagel):
+    weights = list(small_bagel.parameters())
+    buffers = {name: buffer.clone() for name, buffer in small_bagel.named_buffers()}
+    assert buffers["rotary.inv_freq"].dtype == torch.float32
+    assert small_bagel.cast_weights(torch.bfloat16) is small_bagel
+    for weight, before in zip(small_bagel.parameters(), weights, strict=True):
+        assert weight is before, "an optimizer keeps its parameters"
+        assert weight.dtype == torch.bfloat16
+    for name, buffer in small_bagel.named_buffers():
+        assert torch.equal(buffer, buffers[name])
+        assert buffer.dtype == buffers[name].dtype
+
+
 def test_damaged_weights(small_bagel, tmp_path):
     folder = small_bagel.save_pretrained(tmp_path / "model")
     weights = (folder / "model.safetensors").read_bytes()

@@ -15,18 +15,18 @@ def test_each_segment_is_read_once(small_bagel, short_variant, monkeypatch, name
     """Tokens and images go through the model once, whatever the number of rounds."""
     tokens = []
     images = []
-    append_text = small_bagel.append_text
+    append_hidden = small_bagel.append_hidden
     append_image = small_bagel.append_image
 
     def count_tokens(context, ids, mask=None, **options):
         tokens.append(ids.numel() if mask is None else int(mask.sum()))
-        return append_text(context, ids, mask, **options)
+        return append_hidden(context, ids, mask, **options)
 
-    def count_images(context, latent, mask=None, **options):
+    def count_images(context, latent, pixels=None, mask=None, **options):
         images.append(len(latent) if mask is None else int(mask.sum()))
-        return append_image(context, latent, mask=mask, **options)
+        return append_image(context, latent, pixels, mask, **options)
 
-    monkeypatch.setattr(small_bagel, "append_text", count_tokens)
+    monkeypatch.setattr(small_bagel, "append_hidden", count_tokens)
     monkeypatch.setattr(small_bagel, "append_image", count_images)
     variant = short_variant(name)
     env = InterleavedGenVectorEnv(variant, 1)

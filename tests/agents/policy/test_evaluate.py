@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from agents.policy import tokens
 from agents.policy.evaluate import evaluate_actions, window_means
 from agents.policy.sde import KERNELS
 from agents.training.supervised import sample_losses
@@ -98,6 +101,93 @@ def test_entropy_is_that_of_the_legal_tokens(small_bagel, short_variant, collect
     torch.testing.assert_close(entropy[0, 0], expected)
 
 
+def weighted(found, episodes):
+    """A loss in which every chosen token has a weight of its own."""
+    chosen = episodes.chosen_mask
+    weight = torch.linspace(-1, 1, chosen.numel()).view(chosen.shape)
+    return (found.log_prob * weight)[chosen].sum()
+
+
+@pytest.mark.parametrize("name", ["text_to_image", "reflect"])
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_tokens_in_parts_are_the_whole(
+    small_bagel, short_variant, collect, collect_ragged, monkeypatch, name, at_once
+):
+    """So many tokens at a time: the same numbers, and the same gradient."""
+    if name == "reflect":
+        variant, episodes = collect_ragged(small_bagel)
+    else:
+        variant = short_variant(name)
+        episodes = collect(small_bagel, variant, temperature=0.7)
+    episodes = episodes.flatten(0, 1)
+    options = {"temperature": 0.7, "with_velocity": False}
+    found = []
+    for logits in (tokens.LOGITS_AT_ONCE, at_once * small_bagel.vocab_size):
+        monkeypatch.setattr(tokens, "LOGITS_AT_ONCE", logits)
+        small_bagel.zero_grad()
+        part = evaluate(small_bagel, episodes, variant, **options)
+        weighted(part, episodes).backward()
+        gradients = [weight.grad for weight in small_bagel.parameters() if weight.grad is not None]
+        found.append((part, [gradient.clone() for gradient in gradients]))
+    (whole, expected), (parts, gradients) = found
+    torch.testing.assert_close(parts.log_prob, whole.log_prob, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.entropy, whole.entropy, atol=1e-5, rtol=0)
+    assert not parts.entropy.requires_grad
+    assert len(gradients) == len(expected)
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-5, rtol=1e-4)
+
+
+class LargestLogits(TorchDispatchMode):
+    """Notes how many rows of logits the largest tensor had."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.vocab_size = len(head.weight)
+        # Of the head's weight and its gradient, which are no logits.
+        self.transposed = head.weight.t().shape
+        self.rows = 0
+
+    def rows_of(self, tensor):
+        if tensor.shape == self.transposed or tensor.shape[-1:] != (self.vocab_size,):
+            return 0
+        return tensor.numel() // self.vocab_size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.rows = max(self.rows, self.rows_of(tensor))
+        return result
+
+
+def test_logits_of_a_long_text_are_never_held(small_bagel, short_variant, collect, monkeypatch):
+    """Neither in the forward pass nor in the backward pass, nor kept between the two."""
+    variant = short_variant("text_to_image", text_budget=40)
+    episodes = collect(small_bagel, variant).flatten(0, 1)
+
+    def largest():
+        """Rows of logits that existed at once, and that a forward kept for its backward pass."""
+        kept = 0
+
+        def note(tensor):
+            nonlocal kept
+            kept += seen.rows_of(tensor)
+            return tensor
+
+        with LargestLogits(small_bagel.language_model.lm_head) as seen:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                found = evaluate(small_bagel, episodes, variant, with_velocity=False)
+            weighted(found, episodes).backward()
+        return seen.rows, kept
+
+    rows, kept = largest()
+    assert min(rows, kept) >= int(episodes.text_mask.sum())
+    monkeypatch.setattr(tokens, "LOGITS_AT_ONCE", 10 * small_bagel.vocab_size)
+    # Between the two passes there are the logits after the prompt, one row an episode.
+    assert largest() == (10, len(episodes))
+
+
 @torch.no_grad()
 def test_rounds_have_their_own_legal_tokens(small_bagel, short_variant, collect):
     """Where text follows the last image it has a mask of its own; one mask serves all rounds."""
@@ -127,20 +217,20 @@ def test_segments_are_read_once(
         variant = short_variant(name)
         episodes = collect(small_bagel, variant)
     episodes = episodes.flatten(0, 1)
-    tokens = []
+    read = []
     images = []
-    append_text = small_bagel.append_text
+    append_hidden = small_bagel.append_hidden
     append_image = small_bagel.append_image
 
     def keep_tokens(context, ids, mask=None, **options):
-        tokens.extend(ids[mask].tolist())
-        return append_text(context, ids, mask, **options)
+        read.extend(ids[mask].tolist())
+        return append_hidden(context, ids, mask, **options)
 
-    def keep_images(context, latent, **options):
+    def keep_images(context, latent, *inputs, **options):
         images.extend(latent)
-        return append_image(context, latent, **options)
+        return append_image(context, latent, *inputs, **options)
 
-    monkeypatch.setattr(small_bagel, "append_text", keep_tokens)
+    monkeypatch.setattr(small_bagel, "append_hidden", keep_tokens)
     monkeypatch.setattr(small_bagel, "append_image", keep_images)
     evaluate(small_bagel, episodes, variant)
     image_id = variant.rules.image_id
@@ -149,7 +239,7 @@ def test_segments_are_read_once(
     for row in episodes[::3]:
         prompts += row.prompt_tokens[: row.prompt_length].tolist()
     expected = [token for token in prompts + written if token != image_id]
-    assert sorted(tokens) == sorted(expected)
+    assert sorted(read) == sorted(expected)
     assert len(images) == prompts.count(image_id) + written.count(image_id)
 
 

@@ -9,6 +9,7 @@ from agents.policy.actor import Actor
 from agents.policy.evaluate import evaluate_actions
 from agents.policy.guidance import Guidance, GuidedModel, guided
 from unigrpo_env.flow_time import time_grid
+from unigrpo_env.mdp.rules import Role
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 SETTINGS = {
@@ -23,12 +24,8 @@ EDIT_SETTINGS = {
     "channel": Guidance(3.0, 1.5, renorm="channel", renorm_min=0.3),
     "img_only": Guidance(1.0, 2.0),
 }
-BRANCHES = (
-    ("system", "src", "vit", "instr", "thought"),
-    ("system", "src", "vit"),
-    ("system", "instr"),
-)
-"""What each velocity follows: all, no text, no images."""
+ROLES = {"system": Role.SYSTEM, "instr": Role.USER, "thought": Role.MODEL}
+"""Who wrote each text of the edit."""
 
 
 @torch.no_grad()
@@ -48,20 +45,27 @@ def test_text_guidance(model, oracle, read, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", EDIT_SETTINGS)
-def test_two_way_guidance(editing_model, editing_oracle, read_editing, name):
-    guidance = EDIT_SETTINGS[name]
-    contexts = [read_editing(*segments)[1] for segments in BRANCHES]
+def test_two_way_guidance(editing_model, editing_oracle, source_latent, name):
+    """Without the user's text the system's stays; without the image the thought goes too."""
+    reader = GuidedModel(editing_model, EDIT_SETTINGS[name])
+    context = reader.empty_context(1)
+    for segment in ("system", "source", "instr", "thought"):
+        if segment == "source":
+            pixels = editing_oracle["in.vit.pixels"][None]
+            context = reader.append_image(context, source_latent, pixels)
+        else:
+            ids = editing_oracle[f"in.{segment}.ids"][None]
+            roles = torch.full_like(ids, ROLES[segment])
+            _, context = reader.append_hidden(context, ids, roles=roles)
     times = time_grid(6, shift=3.0)
     x = editing_oracle["in.gen.noise"][None]
     for step in range(6):
         t = times[step : step + 1]
-        found = [editing_model.predict_velocity(context, x, t) for context in contexts]
-        velocity, without_text, without_image = found
-        combined = guidance.combine(velocity, without_text, t, without_image)
+        velocity = reader.predict_velocity(context, x, t)
         if step == 0:
             expected = editing_oracle[f"out.cfg.{name}.v0"]
-            torch.testing.assert_close(combined[0], expected, **TOLERANCE)
-        x = x + combined * (times[step + 1] - t)
+            torch.testing.assert_close(velocity[0], expected, **TOLERANCE)
+        x = x + velocity * (times[step + 1] - t)
     torch.testing.assert_close(x[0], editing_oracle[f"out.cfg.{name}.final"], **TOLERANCE)
 
 
@@ -100,26 +104,23 @@ def test_interval_is_open_below():
 
 
 @pytest.mark.parametrize(
-    ("guidance", "with_image", "forwards"),
+    ("guidance", "forwards"),
     [
-        (None, True, 1),
-        (Guidance(1.0), True, 1),
-        (Guidance(2.0), True, 2),
-        (Guidance(2.0, low=0.95), True, 1),
-        (Guidance(2.0, 1.5), True, 3),
-        (Guidance(2.0, 1.5), False, 2),
+        (None, 1),
+        (Guidance(1.0), 1),
+        (Guidance(2.0), 2),
+        (Guidance(2.0, low=0.95), 1),
+        (Guidance(2.0, 1.5), 3),
     ],
 )
-def test_forwards_only_where_it_acts(small_bagel, monkeypatch, guidance, with_image, forwards):
+def test_forwards_only_where_it_acts(small_bagel, monkeypatch, guidance, forwards):
     calls = []
     original = small_bagel.predict_velocity
     monkeypatch.setattr(
         small_bagel, "predict_velocity", lambda *args: calls.append(1) or original(*args)
     )
     reader = guided(small_bagel, guidance)
-    context = reader.empty_context(2)
-    if with_image:
-        context = reader.append_image(context, torch.randn(2, 36, 48))
+    context = reader.append_image(reader.empty_context(2), torch.randn(2, 36, 48))
     _, context = reader.append_text(context, torch.ones(2, 3, dtype=torch.long))
     reader.predict_velocity(context, torch.randn(2, 36, 48), torch.tensor([0.9, 0.9]))
     assert len(calls) == forwards
@@ -127,46 +128,58 @@ def test_forwards_only_where_it_acts(small_bagel, monkeypatch, guidance, with_im
 
 @torch.no_grad()
 def test_each_branch_reads_its_own_part(small_bagel):
-    """Row 0 reads an image and text, row 1 text alone: no image guides it."""
+    """Each row has a system's word, a user's and a thought; row 0 reads an image as well."""
     guidance = Guidance(2.5, 1.7)
-    ids = torch.tensor([[1, 7, 8], [1, 9, 5]])
+    ids = torch.tensor([[5, 7, 8], [6, 9, 5]])
+    roles = torch.tensor([[Role.SYSTEM, Role.USER, Role.MODEL]]).expand(2, -1)
     mask = torch.tensor([True, False])
     source = torch.randn(2, 36, 48)
     x = torch.randn(2, 36, 48)
     t = torch.tensor([0.9, 0.6])
 
-    def read(model, *parts):
-        context = model.empty_context(2)
-        for part in parts:
-            if part == "image":
-                context = model.append_image(context, source, mask=mask)
-            else:
-                _, context = model.append_text(context, ids)
-        return context
-
-    def velocity(*parts):
-        return small_bagel.predict_velocity(read(small_bagel, *parts), x, t)
+    def velocity(columns, with_image=True):
+        context = small_bagel.empty_context(2)
+        if with_image:
+            context = small_bagel.append_image(context, source, mask=mask)
+        _, context = small_bagel.append_text(context, ids[:, columns])
+        return small_bagel.predict_velocity(context, x, t)
 
     reader = GuidedModel(small_bagel, guidance)
-    found = reader.predict_velocity(read(reader, "image", "text"), x, t)
-    whole = velocity("image", "text")
-    without_text = velocity("image")
-    expected = guidance.combine(whole, without_text, t, velocity("text"))
-    torch.testing.assert_close(found[:1], expected[:1])
-    torch.testing.assert_close(found[1:], guidance.combine(whole, without_text, t)[1:])
+    context = reader.append_image(reader.empty_context(2), source, mask=mask)
+    _, context = reader.append_hidden(context, ids, roles=roles)
+    found = reader.predict_velocity(context, x, t)
+    without_image = velocity([0, 1], with_image=False)
+    expected = guidance.combine(velocity([0, 1, 2]), velocity([0]), t, without_image)
+    torch.testing.assert_close(found, expected)
 
     order = torch.tensor([1, 0])
-    changed = read(reader, "image", "text").select(order).repeat_interleave(2)
+    changed = context.select(order).repeat_interleave(2)
     rows = order.repeat_interleave(2)
     again = reader.predict_velocity(changed, x[rows], t[rows])
     torch.testing.assert_close(again, found[rows])
 
 
+@torch.no_grad()
+def test_text_without_roles_is_the_users(small_bagel):
+    reader = GuidedModel(small_bagel, Guidance(2.0, 1.5))
+    ids = torch.tensor([[5, 7, 8]])
+    logits, context = reader.append_text(reader.empty_context(1), ids)
+    expected, _ = small_bagel.append_text(small_bagel.empty_context(1), ids)
+    torch.testing.assert_close(logits, expected)
+    assert context.without_text.position.tolist() == [0]
+    assert context.without_image.position.tolist() == [3]
+
+
 class StubProcessor:
-    """Decodes the first values of a latent as a small image."""
+    """Decodes the first values of a latent as a small image, which the encoder sees as it is."""
+
+    pixel_size = (4, 8)
 
     def decode_latents(self, latents):
-        return latents[:, :3, :63].unflatten(2, (7, 9)).sigmoid()
+        return latents[:, :3, :32].unflatten(2, (4, 8)).sigmoid()
+
+    def view_images(self, images):
+        return (images * 255).byte()
 
 
 @torch.no_grad()

@@ -75,10 +75,81 @@ def test_device_that_is_not_there(device):
     assert "\n" not in str(caught.value)
 
 
-def test_weights_stay_in_float32(small_bagel):
-    model = build.place_model(small_bagel, load_config(["model.dtype=bfloat16"]))
-    assert model.compute_dtype == torch.bfloat16
-    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+def test_weights_have_the_dtype_of_the_settings(small_bagel):
+    words = ["model.dtype=bfloat16", "model.checkpointing=true", "model.max_rows=3"]
+    model = build.place_model(small_bagel, load_config(words))
+    assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    assert model.checkpointing
+    assert model.max_rows == 3
+
+
+@pytest.fixture
+def options_of(monkeypatch):
+    """The name and the options with which `load_model` is called for some overrides."""
+
+    def call(*overrides):
+        calls = []
+
+        def load(name, **options):
+            calls.append((name, options))
+            return ToyModel()
+
+        monkeypatch.setattr(build, "load_model", load)
+        build.build_model(load_config(list(overrides)))
+        return calls[0]
+
+    return call
+
+
+def test_only_what_is_set_is_handed_to_the_model(options_of):
+    """None stands for what is not set."""
+    nothing = {"height": None, "width": None, "vision": None}
+    default = {**nothing, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert options_of("model=toy") == ("toy", default)
+    name, options = options_of(
+        "model.name=folder", "model.height=64", "model.vision=false", "model.dtype=bfloat16"
+    )
+    assert name == "folder"
+    assert options == {**default, "height": 64, "vision": False, "dtype": torch.bfloat16}
+
+
+def test_settings_that_a_model_does_not_take():
+    with pytest.raises(ValueError, match="got height"):
+        build.build_model(load_config(["model=toy", "model.height=64"]))
+
+
+def test_adapters_of_the_settings(small_bagel):
+    words = ["model.lora.image.rank=3", "model.lora.targets=[q_proj]", "model.dtype=bfloat16"]
+    model = build.place_model(small_bagel, load_config(words))
+    assert set(model.adapted_layers) == {"text", "image"}
+    assert model.adapted_layers["text"] == []
+    assert all("q_proj" in name for name in model.adapted_layers["image"])
+    layer = model.get_submodule(model.adapted_layers["image"][0])
+    assert layer.r["default"] == 3
+    assert layer.scaling["default"] == 2, "alpha is twice the rank"
+    assert all(weight.dtype == torch.float32 for weight in model.trainable_by_expert()["image"])
+
+
+def test_adapters_that_the_model_came_with(small_bagel):
+    """They are never added twice; settings that differ are refused."""
+    words = ["model.lora.image.rank=3", "model.lora.image.alpha=9"]
+    model = build.place_model(small_bagel, load_config(words))
+    names = [name for name, _ in model.named_parameters()]
+    for same in ([], words):
+        build.place_model(model, load_config(same))
+        assert [name for name, _ in model.named_parameters()] == names
+    for other in (
+        ["model.lora.image.rank=4"],
+        ["model.lora.image.rank=3"],
+        [*words, "model.lora.text.rank=2"],
+    ):
+        with pytest.raises(ValueError, match=r"expected adapters of the \w+ expert with \(rank"):
+            build.place_model(model, load_config(other))
+
+
+def test_model_without_layers_for_adapters():
+    with pytest.raises(ValueError, match="linear layers"):
+        build.build_model(load_config(["model=toy", "model.lora.text.rank=2"]))
 
 
 def test_unknown_model():

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from agents.config.loading import load_config
 from agents.models.registry import load_model
 from agents.models.toy import ToyModel
 from agents.reporting.metrics import TIMING_METRICS
@@ -27,27 +29,35 @@ from agents.training.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 RUNS = [
-    ("small_bagel", "reflect", "float32"),
-    ("small_bagel", "dialogue", "float32"),
-    ("vision_bagel", "edit", "float32"),
-    ("vision_bagel", "edit", "bfloat16"),
+    ("small_bagel", "reflect", ["model.dtype=float32"]),
+    ("small_bagel", "dialogue", ["model.dtype=float32", "optimizer.ema=0.9"]),
+    ("vision_bagel", "edit", ["model.dtype=float32"]),
+    ("vision_bagel", "edit", ["model.dtype=bfloat16", "optimizer.ema=0.9"]),
 ]
+RELEASE = Path(__file__).parents[2] / "data" / "bagel_release"
+LORA = ["model.lora.text.rank=2", "model.lora.image.rank=3", "optimizer.ema=0.9"]
 
 
 def untimed(metrics):
     return {name: value for name, value in metrics.items() if name not in TIMING_METRICS}
 
 
+def kept_in_float32(trainer):
+    """What a run has beside the weights of its model: masters and averages."""
+    return {**trainer.optimization.masters, **trainer.optimization.average.averages}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "name", "dtype"), RUNS)
-def test_resume_is_bit_exact(request, small_trainer, weights_of, tmp_path, model, name, dtype):
+@pytest.mark.parametrize(("model", "name", "choice"), RUNS)
+def test_resume_is_bit_exact(request, small_trainer, weights_of, tmp_path, model, name, choice):
     start = request.getfixturevalue(model).save_pretrained(tmp_path / "start")
-    settings = [f"env={name}", f"model.dtype={dtype}", "trainer.minibatches=2"]
+    settings = [f"env={name}", "trainer.minibatches=2", *choice]
     rewards = ["env.reward=crispness", "env.thought_reward=brevity"]
     whole = small_trainer(load_model(str(start)), *settings, *rewards)
     first = whole.iterate()
     assert first["loss_velocity"] < 1e-6, "the policy begins as the reference"
-    assert first["image_log_ratio"] < {"float32": 1e-6, "bfloat16": 1e-3}[dtype]
+    is_float32 = "model.dtype=float32" in choice
+    assert first["image_log_ratio"] < (1e-6 if is_float32 else 1e-3)
     whole.save()
     resumed = Trainer.resume(tmp_path)
     expected = untimed(whole.iterate())
@@ -58,7 +68,122 @@ def test_resume_is_bit_exact(request, small_trainer, weights_of, tmp_path, model
     began = load_model(str(start)).state_dict()
     assert any(not torch.equal(value, weights[key]) for key, value in began.items())
     for key, value in resumed.reference.state_dict().items():
-        assert torch.equal(value, began[key]), key
+        assert torch.equal(value.float(), began[key].to(value.dtype).float()), key
+    if "optimizer.ema=0.9" in choice:
+        beside = kept_in_float32(whole)
+        for key, value in kept_in_float32(resumed).items():
+            assert torch.equal(value, beside[key]), key
+        assert bool(resumed.optimization.masters) != is_float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_with_adapters_is_bit_exact(small_bagel, small_trainer, weights_of, tmp_path, dtype):
+    start = small_bagel.save_pretrained(tmp_path / "start")
+    settings = [f"model.name={start}", f"model.dtype={dtype}", "trainer.minibatches=2", *LORA]
+    whole = small_trainer(None, *settings, "env.reward=crispness")
+    began = weights_of(whole)
+    whole.iterate()
+    place = whole.save()
+    assert not (place / "reference.safetensors").exists(), "the model without adapters is that"
+    assert not (place / "masters.safetensors").exists(), "adapters are float32 themselves"
+    sizes = [path.stat().st_size for path in (place / "model").iterdir()]
+    assert sum(sizes) < (start / "model.safetensors").stat().st_size / 2, "adapters alone"
+    resumed = Trainer.resume(tmp_path)
+    expected = untimed(whole.iterate())
+    assert untimed(resumed.iterate()) == pytest.approx(expected, abs=0, rel=0, nan_ok=True)
+    weights = weights_of(whole)
+    averages = whole.optimization.average.averages
+    for key, value in weights_of(resumed).items():
+        assert torch.equal(value, weights[key]), key
+        assert torch.equal(value, began[key]) == (key not in averages), key
+    for key, value in resumed.optimization.average.averages.items():
+        assert torch.equal(value, averages[key]), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["paper", "bagel_lora"])
+def test_resume_of_a_released_model_is_bit_exact(rewards, weights_of, tmp_path, algorithm):
+    """All weights in the layout of the release, or adapters alone; only sizes are changed."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na cross\ntwo dots\n")
+    settings = [
+        f"algorithm={algorithm}",
+        f"model.name={RELEASE}",
+        f"env.prompts={tmp_path}/prompts.txt",
+        "env.reward=mean_red",
+        "model.height=64",
+        "model.width=96",
+        "trainer.groups=2",
+        "trainer.group_size=2",
+        "trainer.minibatches=1",
+        "trainer.micro_batches=2",
+        "env.text_budget=8",
+        "env.image_steps=6",
+        f"output.folder={tmp_path}",
+    ]
+    whole = Trainer(load_config(settings))
+    assert whole.variant.rules.latent_shape == (4 * 6, 64)
+    whole.iterate()
+    names = {path.name for path in (whole.save() / "model").iterdir()}
+    assert ("ema.safetensors" in names) == (algorithm == "paper")
+    resumed = Trainer.resume(tmp_path)
+    expected = untimed(whole.iterate())
+    assert untimed(resumed.iterate()) == pytest.approx(expected, abs=0, rel=0, nan_ok=True)
+    assert expected["text_grad_norm"] > 0
+    assert expected["image_grad_norm"] > 0
+    weights = weights_of(whole)
+    for key, value in weights_of(resumed).items():
+        assert torch.equal(value, weights[key]), key
+    for key, value in whole.optimization.masters.items():
+        assert torch.equal(resumed.optimization.masters[key], value), key
+
+
+def test_adapters_go_on_with_their_own_base(small_bagel, small_trainer, tmp_path):
+    start = small_bagel.save_pretrained(tmp_path / "start")
+    other = small_bagel.save_pretrained(tmp_path / "other")
+    trainer = small_trainer(None, f"model.name={start}", *LORA)
+    trainer.iterate()
+    trainer.save()
+
+    def with_base(name):
+        def change(config):
+            config.model.name = str(name)
+            return config
+
+        return change
+
+    with pytest.raises(ValueError, match=f"expected the model '{start}'.*{other}"):
+        Trainer.resume(tmp_path, with_base(other))
+    shutil.rmtree(start)
+    moved = Trainer.resume(tmp_path, with_base(other))
+    assert moved.iteration == 1, "a base that was moved is named anew"
+
+
+def test_adapters_of_a_model_that_was_given(small_bagel, small_trainer, weights_of, tmp_path):
+    start = small_bagel.save_pretrained(tmp_path / "start")
+    trainer = small_trainer(small_bagel, *LORA)
+    trainer.iterate()
+    trainer.save()
+    with pytest.raises(ValueError, match="give the trainer's own as `model`"):
+        Trainer.resume(tmp_path)
+    resumed = Trainer.resume(tmp_path, model=load_model(str(start)))
+    weights = weights_of(trainer)
+    for key, value in weights_of(resumed).items():
+        assert torch.equal(value, weights[key]), key
+
+
+def test_adapters_of_other_settings(small_bagel, small_trainer, tmp_path):
+    start = small_bagel.save_pretrained(tmp_path / "start")
+    trainer = small_trainer(None, f"model.name={start}", *LORA)
+    trainer.iterate()
+    trainer.save()
+
+    def change(config):
+        config.model.lora.text.rank = 4
+        return config
+
+    with pytest.raises(ValueError, match="fits no parameter of this model"):
+        Trainer.resume(tmp_path, change)
 
 
 def test_moments_are_kept_by_name(small_bagel, small_trainer):
@@ -127,10 +252,22 @@ def test_parameters_may_change_their_order(toy_trainer, tmp_path):
 
 @pytest.fixture
 def saved(toy_trainer):
-    """A trainer after one iteration, and its checkpoint."""
-    trainer = toy_trainer("trainer.iterations=3")
+    """A trainer after one iteration, and its checkpoint, which has files of every kind."""
+    trainer = toy_trainer(
+        "trainer.iterations=3",
+        "model.dtype=bfloat16",
+        "optimizer.ema=0.9",
+        "algorithm.old_log_prob=rollout",
+    )
     trainer.iterate()
     return trainer, trainer.save()
+
+
+def test_what_a_run_lacks_leaves_no_file(toy_trainer):
+    trainer = toy_trainer("algorithm.velocity_weight=0.0")
+    trainer.iterate()
+    names = {path.name for path in trainer.save().iterdir()}
+    assert names == {"model", "optimizer.safetensors", "random.safetensors", "state.json"}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +276,8 @@ def saved(toy_trainer):
         "state.json",
         "optimizer.safetensors",
         "reference.safetensors",
+        "masters.safetensors",
+        "average.safetensors",
         "random.safetensors",
         "model/model.safetensors",
     ],
@@ -163,6 +302,8 @@ def test_damaged_files(saved, tmp_path, name, how):
         ("optimizer.safetensors", "exp_avg.words", r"exp_avg.words \[2\] fits no parameter"),
         ("optimizer.safetensors", "momentum.words", "momentum.words .* fits no parameter"),
         ("reference.safetensors", "words", r"words: expected \(5, 5, 5\), got \(2,\)"),
+        ("masters.safetensors", "words", r"words: expected \(5, 5, 5\), got \(2,\)"),
+        ("average.safetensors", "unknown", "unexpected unknown"),
         ("model/model.safetensors", "unknown", "unexpected unknown"),
     ],
 )
@@ -209,12 +350,29 @@ def test_older_layout_names_the_weights(saved, tmp_path, toy_trainer):
     del state["layout"]
     (place / "state.json").write_text(json.dumps(state))
     weights = place / "model"
-    with pytest.raises(ValueError, match=r"of layout 2 at .*, got layout 1") as caught:
+    with pytest.raises(ValueError, match=r"of layout 3 at .*, got layout 1") as caught:
         Trainer.resume(tmp_path)
     assert f"model.name={weights}" in str(caught.value)
     other = toy_trainer(f"model.name={weights}")
     for name, value in other.model.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("optimizer.ema", None, "expected no safetensors file at .*average"),
+        ("model.dtype", "float32", "expected no safetensors file at .*masters"),
+    ],
+)
+def test_settings_of_the_float32_copies_stay(saved, tmp_path, setting, value, message):
+    def change(config):
+        section, name = setting.split(".")
+        setattr(getattr(config, section), name, value)
+        return config
+
+    with pytest.raises(ValueError, match=message):
+        Trainer.resume(tmp_path, change)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"iteration": 1}', "{"])

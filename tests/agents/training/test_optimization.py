@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from agents.config.schema import AlgorithmSettings, OptimizerSettings
+from agents.models.lora import add_adapters
 from agents.models.toy import ToyModel
 from agents.training.optimization import Optimization
 
@@ -96,3 +97,95 @@ def test_zero_grad():
     set_gradients(model, 1.0)
     optimization.zero_grad()
     assert model.words.grad is None
+
+
+def half_precision_toy(value=0.01):
+    """A toy in bfloat16, all of whose weights have one value."""
+    model = ToyModel().cast_weights(torch.bfloat16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(value)
+    return model
+
+
+def backward(model, gradient):
+    """Give each trained weight a gradient, as a backward pass does."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    sum((weight * gradient).sum() for weight in weights).backward()
+
+
+def test_steps_below_the_resolution_of_bfloat16_add_up():
+    model = half_precision_toy()
+    start = model.words.detach().clone()
+    optimization = make_optimization(model, text_lr=1e-6, image_lr=1e-6, warmup=1, decay=1.0)
+    assert torch.equal((start.float() - 1e-6).bfloat16(), start), "one step alone would be lost"
+    for step in range(100):
+        optimization.zero_grad()
+        backward(model, 1.0)
+        optimization.step(0)
+        if step == 0:
+            assert torch.equal(model.words, start)
+    master = optimization.masters["words"]
+    assert master.dtype == torch.float32
+    torch.testing.assert_close(master, start.float() - 1e-4, rtol=0, atol=1e-7)
+    assert torch.equal(model.words, master.bfloat16())
+    assert not torch.equal(model.words, start)
+
+
+def test_gradients_add_up_in_float32():
+    model = half_precision_toy()
+    optimization = make_optimization(model)
+    for gradient in (1.0, 2**-9, 2**-9):
+        backward(model, gradient)
+        assert model.words.grad is None, "freed as soon as it is added"
+    total = optimization.masters["words"].grad
+    assert torch.equal(total, torch.full((5, 5, 5), 1 + 2**-8))
+    assert optimization.step(0)["text_grad_norm"] > 1
+    optimization.zero_grad()
+    assert optimization.masters["words"].grad is None
+
+
+def test_last_optimization_has_the_gradient():
+    model = half_precision_toy()
+    first = make_optimization(model)
+    second = make_optimization(model)
+    backward(model, 1.0)
+    assert first.masters["words"].grad is None
+    assert second.masters["words"].grad.eq(1).all()
+
+
+def test_only_what_is_trained_has_a_master():
+    model = half_precision_toy()
+    optimization = make_optimization(model, algorithm=AlgorithmSettings(text_weight=0.0))
+    assert set(optimization.masters) == {"images"}
+    assert make_optimization(ToyModel()).masters == {}
+
+
+def test_adapters_alone_are_trained(small_bagel):
+    add_adapters(small_bagel.cast_weights(torch.bfloat16), {"image": 2}, {"image": 4.0})
+    optimization = make_optimization(small_bagel)
+    assert optimization.experts["text"] == []
+    assert all("lora" in name for name in optimization.names)
+    assert optimization.masters == {}, "adapters are float32 themselves"
+    trained = {name for name, weight in small_bagel.named_parameters() if weight.requires_grad}
+    assert trained == set(optimization.names)
+    backward(small_bagel, 1.0)
+    assert optimization.step(0)["text_grad_norm"] == 0
+
+
+def test_average_follows_the_masters():
+    model = half_precision_toy()
+    optimization = make_optimization(model, text_lr=1e-6, ema=0.5, warmup=1)
+    backward(model, 1.0)
+    optimization.step(0)
+    master = optimization.masters["words"].detach()
+    start = torch.full((5, 5, 5), 0.01).bfloat16().float()
+    expected = (start + master) / 2
+    torch.testing.assert_close(optimization.average.averages["words"], expected, rtol=0, atol=1e-9)
+    assert make_optimization(ToyModel()).average is None
+
+
+def test_something_must_be_trained(small_bagel):
+    add_adapters(small_bagel, {"image": 2}, {"image": 4.0})
+    with pytest.raises(ValueError, match="expected something to train, got none"):
+        make_optimization(small_bagel, algorithm=AlgorithmSettings(image_weight=0.0))

@@ -221,6 +221,17 @@ def test_last_weights_can_be_loaded(tmp_path):
         assert torch.equal(value, trainer.model.state_dict()[name]), name
 
 
+def test_last_weights_may_be_the_averaged_ones(tmp_path):
+    trainer = toy_trainer(
+        tmp_path, "trainer.iterations=2", "optimizer.ema=0.5", "evaluation.ema=true"
+    )
+    quiet_run(trainer)
+    model = load_model(str(tmp_path / "model"))
+    for name, average in trainer.optimization.average.averages.items():
+        assert torch.equal(model.state_dict()[name], average), name
+        assert not torch.equal(trainer.model.state_dict()[name], average), name
+
+
 @pytest.mark.slow
 def test_tensorboard_has_both_ends_and_samples(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -20,11 +20,16 @@ LEARN = [
     "trainer.group_size=8",
     "trainer.micro_batches=1",
     "model.dtype=float32",
+    "model.height=null",
+    "model.width=null",
+    "model.lora.text.rank=0",
+    "model.lora.image.rank=0",
     "optimizer.beta2=0.99",
     "algorithm.text_clip=0.2",
     "env.thought_reward=",
     "evaluation.prompts=64",
     "evaluation.image_steps=10",
+    "env.image_steps=10",
 ]
 LARGER = ["trainer.groups=4", "trainer.group_size=4"]
 LOSSES = ("loss_text", "loss_image", "loss_velocity", "loss_kl")
@@ -89,8 +94,12 @@ def test_half_precision_recomputes_by_itself(small_bagel, small_trainer):
     assert trainer.recompute
     metrics = trainer.iterate()
     projection = small_bagel.language_model.model.layers[0].self_attn.q_proj.weight
-    assert projection.dtype == torch.float32
-    assert projection.grad.any()
+    assert projection.dtype == torch.bfloat16
+    assert projection.grad is None, "it was handed on to the float32 copy"
+    masters = trainer.optimization.masters
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    assert masters[name].grad.any()
+    assert torch.equal(projection, masters[name].bfloat16())
     assert metrics["text_log_ratio"] < 1e-3
     assert metrics["image_log_ratio"] < 1e-5
     assert metrics["image_grad_norm"] > 0
@@ -110,27 +119,35 @@ def test_frozen_expert_does_not_change(small_bagel, small_trainer, frozen):
     assert all(weight.grad is None for weight in lists[frozen])
 
 
+MICRO_BATCHES = {"whole": 1, "groups": 4, "halves": 8, "episodes": 16}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "choice",
+    ("choice", "split"),
     [
-        [],
-        ["algorithm.text_aggregation=token"],
-        [
-            "algorithm.text_kl_weight=0.1",
-            "algorithm.velocity_weight=1.0",
-            "algorithm.latent_kl_weight=0.5",
-        ],
-        ["algorithm.text_kl_weight=0.1", "algorithm.text_aggregation=token"],
-        ["algorithm.image_objective=fpo", "algorithm.kernel=ode"],
-        ["trainer.dynamic_sampling=drop"],
+        ([], "groups"),
+        ([], "halves"),
+        ([], "episodes"),
+        (["algorithm.text_aggregation=token"], "halves"),
+        (
+            [
+                "algorithm.text_kl_weight=0.1",
+                "algorithm.velocity_weight=1.0",
+                "algorithm.latent_kl_weight=0.5",
+            ],
+            "halves",
+        ),
+        (["algorithm.text_kl_weight=0.1", "algorithm.text_aggregation=token"], "episodes"),
+        (["algorithm.image_objective=fpo", "algorithm.kernel=ode"], "halves"),
+        (["trainer.dynamic_sampling=drop"], "episodes"),
     ],
 )
-def test_micro_batches_change_no_update(small_bagel, small_trainer, tmp_path, choice):
+def test_micro_batches_change_no_update(small_bagel, small_trainer, tmp_path, choice, split):
     """With unscored episodes, groups without signal, and a reference that is not the policy."""
     small_bagel.save_pretrained(tmp_path / "start")
     found = []
-    for parts in (1, 4):
+    for parts in (1, MICRO_BATCHES[split]):
         overrides = [*LARGER, "env.reward=halves", f"trainer.micro_batches={parts}", *choice]
         trainer = small_trainer(load_model(str(tmp_path / "start")), *overrides)
         with torch.no_grad():
@@ -138,14 +155,59 @@ def test_micro_batches_change_no_update(small_bagel, small_trainer, tmp_path, ch
                 weight.mul_(1.1)
         metrics = trainer.iterate()
         found.append((metrics, gradients(trainer)))
-    (whole, gradient), (split, other) = found
+    (whole, gradient), (split_up, other) = found
     torch.testing.assert_close(gradient, other, atol=2e-5, rtol=2e-3)
     for name in (*LOSSES, "entropy", "text_clip_fraction", "text_grad_norm", "image_grad_norm"):
-        assert whole[name] == pytest.approx(split[name], rel=1e-3, abs=1e-6), name
+        assert whole[name] == pytest.approx(split_up[name], rel=1e-3, abs=1e-6), name
     assert whole["frac_groups_with_signal"] == 0.5
     assert whole["unscored"] > 0
     if "algorithm.text_kl_weight=0.1" in choice:
         assert whole["loss_kl"] > 0
+
+
+@pytest.mark.parametrize("parts", [1, 2, 16])
+def test_refl_scores_parts_of_groups(toy_trainer, rewards, parts):
+    """The share without a score is that of the update, although some parts have no score at all."""
+
+    def grey_or_nan(episodes):
+        dark = torch.tensor([prompt == "dark" for prompt in episodes.prompts])
+        return torch.where(dark, math.nan, 1) * episodes.images.mean((1, 2, 3))
+
+    rewards.add("grey_or_nan", grey_or_nan)
+    overrides = ["algorithm.refl_reward=grey_or_nan", "env.text_budget=0"]
+    overrides += ["trainer.max_unscored=0.8", f"trainer.micro_batches={parts}"]
+    trainer = toy_trainer("algorithm=refl", *overrides)
+    metrics = trainer.iterate()
+    found = gradients(trainer)
+    whole = toy_trainer("algorithm=refl", *overrides, "trainer.micro_batches=1")
+    expected = whole.iterate()
+    assert expected["loss_image"] < 0
+    assert metrics["loss_image"] == pytest.approx(expected["loss_image"], rel=1e-5)
+    torch.testing.assert_close(found, gradients(whole), rtol=1e-4, atol=1e-8)
+
+
+def test_images_alone_learn_in_parts_without_an_image(toy_trainer):
+    """A part of one episode that drew nothing has no gradient, and is no error."""
+    overrides = ["algorithm=flow_grpo", "trainer.micro_batches=64"]
+    trainer = toy_trainer(*overrides, "algorithm.velocity_weight=0.0")
+    trainer.loss._image_loss = lambda episodes, policy: (
+        torch.zeros(len(episodes)),
+        torch.zeros(episodes.step_mask.flatten(1).shape),
+    )
+    assert trainer.iterate()["image_grad_norm"] == 0
+
+
+def test_half_precision_sums_micro_batches_in_float32(small_bagel, small_trainer, tmp_path):
+    small_bagel.save_pretrained(tmp_path / "start")
+    found = []
+    for parts in (1, 16):
+        overrides = [*LARGER, "model.dtype=bfloat16", f"trainer.micro_batches={parts}"]
+        trainer = small_trainer(load_model(str(tmp_path / "start")), *overrides)
+        trainer.iterate()
+        found.append(gradients(trainer))
+        assert found[-1].dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(found[0], found[1], dim=0)
+    assert cosine > 0.98
 
 
 def test_long_episodes_weigh_more_by_token(small_bagel, small_trainer, tmp_path):
@@ -177,6 +239,41 @@ def test_reference_is_the_model_at_the_start(toy_trainer, weights_of):
     assert changed(before, weights_of(trainer))
     for name, value in trainer.reference.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+LORA = ["model.lora.text.rank=2", "model.lora.image.rank=2"]
+
+
+def test_adapters_learn_and_the_model_under_them_is_the_reference(
+    small_bagel, small_trainer, weights_of
+):
+    overrides = [*LORA, "trainer.micro_batches=8", "model.checkpointing=true"]
+    trainer = small_trainer(small_bagel, *overrides, "trainer.minibatches=1")
+    assert trainer.model.checkpointing
+    before = weights_of(trainer)
+    first = trainer.iterate()
+    assert first["loss_velocity"] == pytest.approx(0, abs=1e-12)
+    assert trainer.iterate()["loss_velocity"] > 0, "the policy has moved, the reference has not"
+    moved = {name for name, value in weights_of(trainer).items() if changed(before, {name: value})}
+    assert moved
+    assert all("lora" in name for name in moved)
+    for name, weight in small_bagel.named_parameters():
+        assert "lora" in name or weight.grad is None, name
+
+
+def test_evaluation_may_use_the_averaged_weights(small_bagel, small_trainer, weights_of):
+    overrides = ["optimizer.ema=0.9", "optimizer.image_lr=0.05"]
+    trainer = small_trainer(small_bagel, *overrides)
+    trainer.iterate()
+    now = trainer.evaluate()
+    weights = weights_of(trainer)
+    trainer.config.evaluation.ema = True
+    averaged = trainer.evaluate()
+    assert not changed(weights, weights_of(trainer)), "training goes on with its own weights"
+    assert not torch.equal(now.reward, averaged.reward)
+    trainer.model.load_state_dict(trainer.optimization.average.averages, strict=False)
+    trainer.config.evaluation.ema = False
+    assert torch.equal(trainer.evaluate().reward, averaged.reward)
 
 
 def test_no_penalty_needs_no_reference(toy_trainer):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from unigrpo_env.pixel_latents import PixelLatents
-from unigrpo_env.segment_processor import SegmentProcessor
+from unigrpo_env.segment_processor import PixelProcessor
 from unigrpo_env.tasks.shapes.vocabulary import ROUND_WORDS, shapes_tokenizer
 
 MARKERS = ("<pad>", "<bos>", "<unk>", "<image>", "</image>")
 """Entries of the vocabulary that no thought may contain."""
 
 
-class ShapesProcessor(SegmentProcessor):
+class ShapesProcessor(PixelProcessor):
     """24 x 24 pixels as 36 latent tokens of 4 x 4 RGB values; a vocabulary of 64 entries."""
 
     def __init__(self) -> None:

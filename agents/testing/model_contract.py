@@ -1,14 +1,4 @@
-"""Contract tests that a model of your own inherits.
-
-    from agents.testing import ModelContract
-
-    class TestMyModel(ModelContract):
-        def make_model(self):
-            return MyModel(MyConfig())
-
-Run with pytest; every method named `test_...` is one promise. The weights should be random: a model
-whose velocity is zero everywhere passes too easily.
-"""
+"""The promises of every model, see `ModelContract`."""
 
 from __future__ import annotations
 
@@ -17,13 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.models.base import UnifiedModel
 from agents.models.registry import MODEL_CLASSES, load_model
-
-LENGTHS = (4, 2, 3)
-"""Tokens of the rows of a ragged batch."""
+from agents.testing.inputs import (
+    LENGTHS,
+    Inputs,
+    all_equal,
+    gradients_of,
+    outputs_of,
+    reached_weights,
+    reads_images,
+    trainable_weights,
+    weighted_sum,
+)
 
 
 class ModelContract:
@@ -31,9 +29,12 @@ class ModelContract:
 
     Attributes:
         tolerance: the largest difference between two ways to compute one number in float32.
+        bfloat16_tolerance: the largest difference of outputs in bfloat16 to those in float32, as a
+            part of their norm.
     """
 
     tolerance: float = 2e-5
+    bfloat16_tolerance: float = 0.05
 
     def make_model(self) -> UnifiedModel[Any]:
         """Return the model to test, always with the same weights.
@@ -44,9 +45,9 @@ class ModelContract:
         raise NotImplementedError("return the model to test")
 
     def test_sizes_and_dtypes(self) -> None:
-        """`vocab_size` and `latent_shape` are those of the outputs, which are float32."""
+        """`vocab_size` and `latent_shape` are those of the outputs, of float32 weights here."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         context = model.empty_context(3)
         assert context.batch_size == 3
         logits, context = model.append_text(context, inputs.ids(3, 4))
@@ -61,7 +62,7 @@ class ModelContract:
     def test_cache_is_training_forward(self) -> None:
         """Token by token without gradient gives what one call with gradient gives."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 5)
         x = inputs.latent(2)
         t = inputs.times(2)
@@ -79,7 +80,7 @@ class ModelContract:
     def test_last_only_is_last_logits(self) -> None:
         """`last_only` gives the logits of each row's last unmasked position."""
         model = self.make_model()
-        ids, mask = _Inputs(model).ragged()
+        ids, mask = Inputs(model).ragged()
         for with_grad in (False, True):
             with torch.set_grad_enabled(with_grad):
                 every, _ = model.append_text(model.empty_context(len(ids)), ids, mask)
@@ -90,10 +91,26 @@ class ModelContract:
             for row, length in enumerate(LENGTHS):
                 self._assert_close(last[row, 0], every[row, length - 1])
 
+    def test_hidden_states_give_the_logits(self) -> None:
+        """`compute_logits` makes the logits of `append_text` of what `append_hidden` gives."""
+        model = self.make_model()
+        inputs = Inputs(model)
+        ids, mask = inputs.ragged()
+        more = inputs.ids(len(ids), 2)
+        for with_grad in (False, True):
+            with torch.set_grad_enabled(with_grad):
+                expected, context = model.append_text(model.empty_context(len(ids)), ids, mask)
+                expected_later, _ = model.append_text(context, more)
+                hidden, context = model.append_hidden(model.empty_context(len(ids)), ids, mask)
+                later, _ = model.append_text(context, more)
+                # Some of the states, in another shape.
+                self._assert_close(model.compute_logits(hidden[mask]), expected[mask])
+                self._assert_close(later, expected_later)
+
     def test_ragged_rows_are_independent(self) -> None:
         """A row of a ragged batch gives what it gives alone, and so does text after it."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids, mask = inputs.ragged()
         more = inputs.ids(len(ids), 2)
         x = inputs.latent(len(ids))
@@ -116,7 +133,7 @@ class ModelContract:
     def test_padding_leaves_no_trace(self) -> None:
         """Other padding tokens, or a call of padding alone, change nothing."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids, mask = inputs.ragged()
         more = inputs.ids(len(ids), 2)
         # The same tokens, but others where the mask is False.
@@ -144,15 +161,15 @@ class ModelContract:
     def test_detach_cuts_the_gradient(self) -> None:
         """After `detach` the gradient is that of a context which was read without gradient."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 3)
         more = inputs.ids(2, 2)
         with torch.no_grad():
             expected_logits, without = model.append_text(model.empty_context(2), ids)
         logits, context = model.append_text(model.empty_context(2), ids)
         self._assert_close(logits, expected_logits)
-        expected = _gradients(model, _weighted_sum(model.append_text(without, more)[0]))
-        found = _gradients(model, _weighted_sum(model.append_text(context.detach(), more)[0]))
+        expected = gradients_of(model, weighted_sum(model.append_text(without, more)[0]))
+        found = gradients_of(model, weighted_sum(model.append_text(context.detach(), more)[0]))
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             # Gradients add up over positions, so they may differ more than outputs.
@@ -161,7 +178,7 @@ class ModelContract:
     def test_velocity_leaves_the_context(self) -> None:
         """`predict_velocity` does not change the context, so its result can be computed again."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 3)
         more = inputs.ids(2, 2)
         x = inputs.latent(2)
@@ -176,6 +193,55 @@ class ModelContract:
                 found, _ = model.append_text(context, more)
             self._assert_close(found, expected)
 
+    def test_reserve_changes_nothing(self) -> None:
+        """A context for which room was made holds the same, also when more is read than fits."""
+        model = self.make_model()
+        inputs = Inputs(model)
+        ids, mask = inputs.ragged()
+        more = inputs.ids(len(ids), 3)
+        x = inputs.latent(len(ids))
+        t = inputs.times(len(ids))
+        for with_grad in (False, True):
+            with torch.set_grad_enabled(with_grad):
+                results = []
+                for tokens, images in ((0, 0), (1, 0), (3, 2)):
+                    _, context = model.append_text(model.empty_context(len(ids)), ids, mask)
+                    model.reserve(context, tokens, images)
+                    velocity = model.predict_velocity(context, x, t)
+                    later, _ = model.append_text(context, more)
+                    results.append((velocity, later))
+                for velocity, later in results[1:]:
+                    self._assert_close(velocity, results[0][0])
+                    self._assert_close(later, results[0][1])
+
+    def test_checkpointing_changes_nothing(self) -> None:
+        """With `checkpointing` outputs and gradients are the same."""
+        model = self.make_model()
+        logits, velocity = outputs_of(model)
+        expected = gradients_of(model, weighted_sum(logits) + weighted_sum(velocity))
+        model.checkpointing = True
+        same_logits, same_velocity = outputs_of(model)
+        self._assert_close(same_logits, logits)
+        self._assert_close(same_velocity, velocity)
+        found = gradients_of(model, weighted_sum(same_logits) + weighted_sum(same_velocity))
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+
+    def test_bfloat16_is_close(self) -> None:
+        """With weights in bfloat16 outputs are finite and close, and velocities in float32."""
+        model = self.make_model()
+        results = []
+        for dtype in (torch.float32, torch.bfloat16):
+            model.cast_weights(dtype)
+            logits, velocity = outputs_of(model)
+            assert velocity.dtype == torch.float32
+            results.append((logits, velocity))
+        for expected, found in zip(*results, strict=True):
+            assert torch.isfinite(found).all()
+            difference = (found.float() - expected).norm() / expected.norm()
+            assert difference <= self.bfloat16_tolerance, f"{difference:.3f} of its norm away"
+
     def test_experts_list_all_parameters(self) -> None:
         """Every trainable parameter is in one of the two lists, once."""
         model = self.make_model()
@@ -183,7 +249,7 @@ class ModelContract:
         assert set(lists) == {"text", "image"}, f"expected 'text' and 'image', got {sorted(lists)}"
         listed = [id(weight) for weights in lists.values() for weight in weights]
         assert len(listed) == len(set(listed)), "a parameter is listed twice"
-        trainable = _trainable(model)
+        trainable = trainable_weights(model)
         missing = [name for name, weight in trainable.items() if id(weight) not in listed]
         assert not missing, f"parameters_by_expert lists these in neither list: {missing}"
         foreign = set(listed) - {id(weight) for weight in trainable.values()}
@@ -192,7 +258,7 @@ class ModelContract:
     def test_gradient_reaches_listed_parameters(self) -> None:
         """Text and velocity give gradient to listed parameters alone, each to its own expert."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         lists = model.parameters_by_expert()
         listed = {id(weight) for weights in lists.values() for weight in weights}
         weights = dict(model.named_parameters())
@@ -200,7 +266,7 @@ class ModelContract:
             output, context = model.append_text(model.empty_context(2), inputs.ids(2, 3))
             if expert == "image":
                 output = model.predict_velocity(context, inputs.latent(2), inputs.times(2))
-            reached = _reached(model, output)
+            reached = reached_weights(model, output)
             unlisted = [name for name in reached if id(weights[name]) not in listed]
             assert not unlisted, f"a gradient reaches parameters in neither list: {unlisted}"
             own = {id(weight) for weight in lists[expert]}
@@ -225,7 +291,7 @@ class ModelContract:
     def test_frozen_copy_is_independent(self) -> None:
         """A frozen copy computes the same, needs no gradient and does not follow the model."""
         model = self.make_model()
-        ids = _Inputs(model).ids(2, 3)
+        ids = Inputs(model).ids(2, 3)
         copied = model.frozen_copy()
         assert not any(weight.requires_grad for weight in copied.parameters())
         with torch.no_grad():
@@ -239,9 +305,9 @@ class ModelContract:
     def test_image_mask_leaves_other_rows(self) -> None:
         """Rows outside the mask of `append_image` stay as if there was no image."""
         model = self.make_model()
-        if not _reads_images(model):
+        if not reads_images(model):
             return
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 3)
         more = inputs.ids(2, 2)
         latent = inputs.latent(2)
@@ -263,9 +329,9 @@ class ModelContract:
     def test_image_without_gradient(self) -> None:
         """`with_grad=False` changes no number, and the image's own part has no gradient."""
         model = self.make_model()
-        if not _reads_images(model):
+        if not reads_images(model):
             return
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 3)
         more = inputs.ids(2, 2)
         latent = inputs.latent(2)
@@ -276,16 +342,16 @@ class ModelContract:
         found, _ = model.append_text(cut, more)
         self._assert_close(found, expected)
         # Only the two texts may have a gradient, so it reaches what it reaches without an image.
-        allowed = _reached(model, without_image)
-        more_than_text = _reached(model, found) - allowed
+        allowed = reached_weights(model, without_image)
+        more_than_text = reached_weights(model, found) - allowed
         assert not more_than_text, f"a gradient reaches the image's part: {sorted(more_than_text)}"
 
     def test_text_before_an_image_keeps_its_gradient(self) -> None:
         """`with_grad=False` leaves the gradient of what was in the context before."""
         model = self.make_model()
-        if not _reads_images(model):
+        if not reads_images(model):
             return
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         ids = inputs.ids(2, 3)
         more = inputs.ids(2, 2)
         latent = inputs.latent(2)
@@ -296,21 +362,21 @@ class ModelContract:
                 context = context.detach()
             if image:
                 context = model.append_image(context, latent, with_grad=False)
-            return _gradients(model, _weighted_sum(model.append_text(context, more)[0]))
+            return gradients_of(model, weighted_sum(model.append_text(context, more)[0]))
 
         # A context may carry no gradient at all, as that of `ToyModel`: then none can be lost.
         cut = _text_gradients(detach=True, image=False)
         kept = _text_gradients(detach=False, image=False)
-        if _all_equal(cut, kept):
+        if all_equal(cut, kept):
             return
         cut = _text_gradients(detach=True, image=True)
         kept = _text_gradients(detach=False, image=True)
-        assert not _all_equal(cut, kept), "the text before the image has lost its gradient"
+        assert not all_equal(cut, kept), "the text before the image has lost its gradient"
 
     def _check_rows(self, rows: Tensor, change: Callable[[Any, Tensor], Any]) -> None:
         """Compare a context that `change` made with the rows that it should hold."""
         model = self.make_model()
-        inputs = _Inputs(model)
+        inputs = Inputs(model)
         rows = rows.to(inputs.device)
         ids, mask = inputs.ragged()
         more = inputs.ids(len(ids), 2)
@@ -325,75 +391,3 @@ class ModelContract:
 
     def _assert_close(self, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found, expected, atol=self.tolerance, rtol=0)
-
-
-class _Inputs:
-    """Random inputs of a model's sizes, always the same in the same order."""
-
-    def __init__(self, model: UnifiedModel[Any]) -> None:
-        self.vocab_size = model.vocab_size
-        self.latent_shape = model.latent_shape
-        self.device = next(model.parameters()).device
-        self.generator = torch.Generator().manual_seed(0)
-
-    def ids(self, rows: int, length: int) -> Tensor:
-        """Tokens `[rows, length]` int64."""
-        ids = torch.randint(self.vocab_size, (rows, length), generator=self.generator)
-        return ids.to(self.device)
-
-    def latent(self, rows: int) -> Tensor:
-        """A latent `[rows, L, C]` float32."""
-        return torch.randn(rows, *self.latent_shape, generator=self.generator).to(self.device)
-
-    def times(self, rows: int) -> Tensor:
-        """Flow times `[rows]` float32."""
-        return torch.rand(rows, generator=self.generator).to(self.device)
-
-    def ragged(self) -> tuple[Tensor, Tensor]:
-        """Tokens `[3, 4]` int64 and their mask, False where a row has ended."""
-        ids = self.ids(len(LENGTHS), max(LENGTHS))
-        # [1, 4] < [3, 1] -> [3, 4]
-        mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-        return ids, mask.to(self.device)
-
-
-def _reads_images(model: UnifiedModel[Any]) -> bool:
-    # A model that reads no images inherits the method, which raises.
-    return type(model).append_image is not UnifiedModel.append_image
-
-
-def _trainable(model: UnifiedModel[Any]) -> dict[str, nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def _weighted_sum(output: Tensor) -> Tensor:
-    """A number whose gradient differs from entry to entry: a plain sum may have none."""
-    # Drawn on the CPU, so that every device gets the same weights.
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    return (output * weights.to(output.device)).sum()
-
-
-def _reached(model: UnifiedModel[Any], output: Tensor) -> set[str]:
-    """Names of the trainable parameters that get a gradient from `output`."""
-    gradients = _gradients(model, _weighted_sum(output))
-    return {name for name, gradient in gradients.items() if gradient.any()}
-
-
-def _all_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    if first.keys() != second.keys():
-        return False
-    return all(torch.allclose(first[name], second[name]) for name in first)
-
-
-def _gradients(model: UnifiedModel[Any], loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of each trainable parameter that the loss depends on."""
-    trainable = _trainable(model)
-    # The graph is kept, because two losses may share a context.
-    found = torch.autograd.grad(
-        loss, list(trainable.values()), allow_unused=True, retain_graph=True
-    )
-    gradients = {}
-    for name, gradient in zip(trainable, found, strict=True):
-        if gradient is not None:
-            gradients[name] = gradient
-    return gradients

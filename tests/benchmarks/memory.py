@@ -1,0 +1,295 @@
+"""Memory against what is needed, one figure each; `bench.py --only memory` prints them.
+
+A BAGEL of half a billion random weights in the layout of the release is loaded, plays and learns,
+each in a process of its own. Its resident memory at most, less what the same process held after a
+run of the tiny model, is divided by a sum that `Needed` writes out.
+
+All runs but the loading compute in float32: CPUs without bfloat16 units are some 40 times slower in
+it. In bfloat16 every term of the sum but the trajectory's and the logits' is half as large.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.config import load_config
+from agents.models.bagel.config import BagelConfig
+from agents.models.bagel.model import Bagel
+from agents.models.registry import load_model
+from agents.policy.actor import Actor, Decision
+from agents.policy.tokens import LOGITS_AT_ONCE
+from agents.storage import write_json, write_tensor_stream
+from agents.training.trainer import Trainer
+from agents.trajectory import Trajectory
+
+Figure = dict[str, Any]
+
+RELEASE = Path(__file__).parents[1] / "data" / "bagel_release"
+"""Tokenizer and auto-encoder of tiny size."""
+SIZES = {
+    "vocab_size": 152064,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+PIXELS = 512
+"""Side of an image: 32 x 32 latent tokens of 64 values."""
+WORDS = 300
+ROWS = 4
+"""Episodes of a rollout, and half of those of the larger one."""
+MAX_ROWS = 2
+"""Images that are denoised at once in a rollout; one in an update."""
+RANK = 64
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+@dataclass
+class Needed:
+    """What must be in memory at once, in bytes.
+
+    Attributes:
+        weights: all of the model.
+        cache: keys and values of all that the model has read.
+        trajectory: what is kept of the episodes.
+        activations: of one chunk.
+        training: values, gradients and both moments of AdamW, of what is trained.
+    """
+
+    weights: int = 0
+    cache: int = 0
+    trajectory: int = 0
+    activations: int = 0
+    training: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.trajectory + self.activations + self.training
+
+
+def cache_bytes(rows: int, slots: int) -> int:
+    """Of every layer; a noisy image needs none."""
+    width = SIZES["hidden_size"] // SIZES["num_attention_heads"] * SIZES["num_key_value_heads"]
+    return rows * slots * SIZES["num_hidden_layers"] * 2 * width * FLOAT
+
+
+def image_tokens() -> int:
+    """Of an image and the two markers around it."""
+    return (PIXELS // 16) ** 2 + 2
+
+
+def velocity_bytes(rows: int) -> int:
+    """A forward: in the MLP of a layer the gate, what it multiplies and the product live at once.
+
+    Beside them are the layer's input, what it has become after attention, and its norm.
+    """
+    width = 3 * SIZES["intermediate_size"] + 3 * SIZES["hidden_size"]
+    return rows * image_tokens() * width * FLOAT
+
+
+def update_bytes(rows: int) -> int:
+    """A forward and backward with checkpoints, or the logits of a part of a text.
+
+    Each layer's input is kept. One layer is computed again and keeps all: norms, queries, keys,
+    values and the result of attention, some 12 hidden states, and of its MLP the gate, its
+    activation, what it multiplies, the product, and the gradients of two. Logits, masked logits,
+    their exponentials and their gradient are four tables.
+    """
+    hidden = SIZES["num_hidden_layers"] * SIZES["hidden_size"]
+    layer = 12 * SIZES["hidden_size"] + 6 * SIZES["intermediate_size"]
+    image = rows * image_tokens() * (hidden + layer) * FLOAT
+    return max(image, 4 * LOGITS_AT_ONCE * FLOAT)
+
+
+class Peak:
+    """The most resident memory of this process since the last `begin`, in bytes. Linux alone."""
+
+    def begin(self) -> None:
+        # Documented in proc(5): the kernel forgets the peak.
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def read(self, name: str = "VmHWM") -> int:
+        status = Path("/proc/self/status").read_text()
+        found = re.search(rf"{name}:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+class LongThoughts(Actor):
+    """An actor that never ends a thought: its words are spent by the budget."""
+
+    closing: int
+
+    def act(self, observation: dict[str, Tensor]) -> Decision:
+        legal = observation["legal_tokens"].clone()
+        legal[:, self.closing] = False
+        return super().act({**observation, "legal_tokens": legal})
+
+
+def make_trainer(folder: Path, rows: int, *changes: str) -> Trainer:
+    """A trainer of one group; its model is that of the folder."""
+    trainer = Trainer(
+        load_config(
+            [
+                f"model.name={folder}",
+                f"env.prompts={folder / 'prompts.txt'}",
+                f"output.folder={folder / 'run'}",
+                f"trainer.group_size={rows}",
+                f"env.text_budget={WORDS}",
+                "env.reward=brevity",
+                "env.image_steps=2",
+                "algorithm.window_size=1",
+                "algorithm.window_high=1",
+                "trainer.groups=1",
+                "trainer.minibatches=1",
+                "model.vision=false",
+                *changes,
+            ]
+        )
+    )
+    actor = trainer.collector.actor
+    actor.__class__ = LongThoughts
+    actor.closing = trainer.variant.rules.open_image_id  # type: ignore[attr-defined]
+    return trainer
+
+
+def collect(trainer: Trainer) -> Trajectory:
+    prompts = trainer.variant.task.prompts("train", 1, 0)
+    episodes = trainer.collector.collect(prompts, 0)
+    assert int(episodes.text_mask.sum(-1).min()) == WORDS + 1
+    return episodes
+
+
+def needed_of(trainer: Trainer, episodes: Trajectory, rows: int) -> Needed:
+    """What a rollout needs, without activations; `rows` contexts are held."""
+    weights = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
+    slots = int(episodes.prompt_length.max()) + int(episodes.text_mask.sum(-1).max())
+    return Needed(weights, cache_bytes(rows, slots), episodes.bytes())
+
+
+def rollout(folder: Path, peak: Peak, rows: int) -> Needed:
+    trainer = make_trainer(
+        folder, rows, f"model.max_rows={MAX_ROWS}", "algorithm.velocity_weight=0"
+    )
+    peak.begin()
+    needed = needed_of(trainer, collect(trainer), rows)
+    needed.activations = velocity_bytes(MAX_ROWS)
+    return needed
+
+
+def update(folder: Path, peak: Peak) -> Needed:
+    """An update by adapters in both experts, one episode and one denoising step at a time."""
+    trainer = make_trainer(
+        folder,
+        2,
+        "model.max_rows=1",
+        "model.checkpointing=true",
+        f"model.lora.text.rank={RANK}",
+        f"model.lora.image.rank={RANK}",
+        "trainer.micro_batches=2",
+    )
+    peak.begin()
+    trainer.iterate()
+    episodes = next(iter(trainer.buffer))
+    needed = needed_of(trainer, episodes, 1)
+    needed.activations = update_bytes(1)
+    for parameters in trainer.optimization.experts.values():
+        needed.training += 3 * sum(weight.numel() for weight in parameters) * FLOAT
+    return needed
+
+
+def load(folder: Path, peak: Peak) -> Needed:
+    """Load as the release is loaded: in the dtype of the file."""
+    model = load_model(str(folder), vision=False, dtype=torch.bfloat16)
+    assert model.latent_shape == ((PIXELS // 16) ** 2, 64)
+    return Needed(weights=(folder / "ema.safetensors").stat().st_size)
+
+
+RUNS: dict[str, Callable[..., Needed]] = {"rollout": rollout, "update": update, "load": load}
+
+
+def measure(name: str, folder: Path, *rows: int) -> Figure:
+    """Run one of `RUNS` in this process."""
+    # What the libraries load, and keep for good, is no part of it.
+    Trainer(load_config([f"output.folder={folder / 'tiny'}", "trainer.groups=2"])).iterate()
+    peak = Peak()
+    before = peak.read("VmRSS")
+    peak.begin()
+    needed = RUNS[name](folder, peak, *rows)
+    found = peak.read() - before
+    return {"bytes": found, "needed": needed.total, "parts": vars(needed)}
+
+
+def measure_apart(name: str, folder: Path, *rows: int) -> Figure:
+    """The same in a new process, whose freed memory goes back at once."""
+    settings = {"MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, __file__, name, str(folder), *map(str, rows)],
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_folder(folder: Path) -> None:
+    """A folder like the release's, with random weights in bfloat16, written one by one."""
+    shutil.copytree(RELEASE, folder, dirs_exist_ok=True)
+    sizes = json.loads((RELEASE / "llm_config.json").read_text())
+    write_json({**sizes, **SIZES}, folder / "llm_config.json")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    with torch.device("meta"):
+        model = Bagel(BagelConfig(**SIZES, max_latent_size=PIXELS // 16))
+    layout = {name: (torch.bfloat16, weight.shape) for name, weight in model.named_parameters()}
+
+    def _random() -> Iterator[tuple[str, Tensor]]:
+        for name, (dtype, shape) in layout.items():
+            yield name, torch.empty(shape).uniform_(-0.03, 0.03).to(dtype)
+
+    write_tensor_stream(_random(), layout, folder / "ema.safetensors")
+
+
+def figures() -> Iterator[Figure]:
+    """All figures, with the goal of each as its `limit`."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(folder)
+        found = measure_apart("load", folder)
+        yield _figure("loading / file", 1.1, found)
+        small = measure_apart("rollout", folder, ROWS)
+        yield _figure(f"rollout of {ROWS} / needed", 1.3, small)
+        large = measure_apart("rollout", folder, 2 * ROWS)
+        yield _figure(f"rollout of {2 * ROWS} / needed", 1.3, large)
+        # Beyond the rows of a chunk an episode costs what is kept of it, and nothing else.
+        kept = {part: small["parts"][part] for part in ("cache", "trajectory")}
+        more = {"bytes": large["bytes"] - small["bytes"], "needed": sum(kept.values())}
+        yield _figure(f"{ROWS} more episodes / what is kept of them", 1.3, {**more, "parts": kept})
+        yield _figure("update / needed", 1.3, measure_apart("update", folder))
+
+
+def _figure(name: str, limit: float, found: Figure) -> Figure:
+    ratio = round(found["bytes"] / found["needed"], 3)
+    mib = {part: round(size / 2**20) for part, size in found["parts"].items() if size}
+    used = round(found["bytes"] / 2**20)
+    return {"figure": "g", "name": name, "limit": limit, "ratio": ratio, "mib": used, "parts": mib}
+
+
+if __name__ == "__main__":
+    run, target, *counts = sys.argv[1:]
+    print(json.dumps(measure(run, Path(target), *map(int, counts))), flush=True)
