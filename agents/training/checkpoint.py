@@ -246,9 +246,9 @@ def _read_like(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not expected and not path.is_file():
         return {}
     if not expected or not path.is_file():
-        found = "got one" if path.is_file() else "found none"
+        got = "got one" if path.is_file() else "found none"
         raise ValueError(
-            f"expected {'a' if expected else 'no'} safetensors file at {path}, {found}; keep the "
+            f"expected {'a' if expected else 'no'} safetensors file at {path}, {got}; keep the "
             "model.dtype and the optimizer.ema that the run had before, or use another checkpoint"
         )
     tensors = read_tensors(path)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from agents.models.bagel.config import BagelConfig
 from agents.models.bagel.embeddings import grid_positions
 from agents.models.bagel.layers import GENERATION, UNDERSTANDING
-from agents.models.bagel.network import TABLES, BagelNetwork
+from agents.models.bagel.network import TABLES, BagelNetwork, backward_values, forward_values
 from agents.models.bagel.release_files import (
     find_weights,
     is_release,
@@ -173,26 +173,15 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
         context.reserve(tokens + images * slots, exact=True)
 
     def velocity_bytes(self, context: KeyValueContext) -> int:
-        """See `UnifiedModel`. An estimate for a forward pass without gradient.
-
-        It adds up what is in memory at once, in the dtype of the weights, for the T tokens of an
-        image and the K slots that they see: five times the hidden states (the embedded tokens; a
-        layer's input, mixed by attention, after it, and normed), keys and values of one layer, and
-        the larger of what the MLP and the attention take.
+        """See `UnifiedModel`. An estimate in the dtype of the weights.
 
         Args:
             context: what was read.
         """
-        config = self.config
         length = 2 + self.latent_shape[0]
-        key_width = config.num_key_value_heads * config.head_dim
-        hidden = 5 * length * config.hidden_size
-        keys = 2 * (context.size + length) * key_width
-        # The gate, what it multiplies, and the product.
-        mlp = 3 * length * config.intermediate_size
-        # Queries and keys as they were projected, normed and rotated; and the copy for a GPU.
-        attention = 4 * length * (config.hidden_size + key_width)
-        values = hidden + keys + max(mlp, attention)
+        values = forward_values(self.config, length, context.size + length)
+        if torch.is_grad_enabled():
+            values += backward_values(self.config, length, self.checkpointing)
         return values * self.vae2llm.weight.element_size()
 
     def append_text(

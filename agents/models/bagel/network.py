@@ -213,3 +213,41 @@ class BagelNetwork(nn.Module):
             return layer(*inputs)
         # Nothing in a layer is random, so no random state has to be kept.
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def forward_values(config: BagelConfig, length: int, slots: int) -> int:
+    """How many numbers a forward pass of one image segment holds at once, in one row.
+
+    Five times the hidden states (the embedded tokens; a layer's input, mixed by attention, after
+    it, and normed), keys and values of one layer, and the larger of what MLP and attention take.
+
+    Args:
+        config: the sizes.
+        length: tokens of the segment.
+        slots: that the segment sees, itself among them.
+    """
+    key_width = config.num_key_value_heads * config.head_dim
+    hidden = 5 * length * config.hidden_size
+    keys = 2 * slots * key_width
+    # The gate, what it multiplies, and the product.
+    mlp = 3 * length * config.intermediate_size
+    # Queries and keys as they were projected, normed and rotated; and the copy for a GPU.
+    attention = 4 * length * (config.hidden_size + key_width)
+    return hidden + keys + max(mlp, attention)
+
+
+def backward_values(config: BagelConfig, length: int, checkpointing: bool) -> int:
+    """How many numbers more are held where the pass is to have a gradient.
+
+    A layer keeps some twelve hidden states (norms, queries, keys, values, the result of attention)
+    and of its MLP six (gate, activation, what it multiplies, the product, two gradients).
+
+    Args:
+        config: the sizes.
+        length: tokens of the segment.
+        checkpointing: whether all layers but one keep their input alone.
+    """
+    layer = length * (12 * config.hidden_size + 6 * config.intermediate_size)
+    if checkpointing:
+        return config.num_hidden_layers * length * config.hidden_size + layer
+    return config.num_hidden_layers * layer

@@ -232,3 +232,14 @@ def test_velocity_bytes_are_those_of_one_row(words):
     estimate = model.velocity_bytes(context)
     model.cast_weights(torch.bfloat16)
     assert model.velocity_bytes(context) == estimate / 2
+
+
+def test_velocity_bytes_count_what_the_backward_pass_needs(small_bagel):
+    """Most without checkpoints, less with them, least without a gradient."""
+    context = small_bagel.empty_context(1)
+    with_all = small_bagel.velocity_bytes(context)
+    small_bagel.checkpointing = True
+    with_checkpoints = small_bagel.velocity_bytes(context)
+    with torch.no_grad():
+        without = small_bagel.velocity_bytes(context)
+    assert without < with_checkpoints < with_all
