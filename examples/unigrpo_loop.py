@@ -63,7 +63,7 @@ class Loop:
         torch.manual_seed(0)
         self.model = load_model("tiny")
         # v_ref of equation (8)
-        self.reference = self.model.frozen_copy()
+        self.reference = self.model.reference()
         self.experts = self.model.parameters_by_expert()
         self.optimizer = torch.optim.AdamW(
             [

@@ -184,7 +184,7 @@ def test_settings_and_groups_exist(page):
 def test_settings_in_sentences_exist(page):
     sections = {name.split(".")[0] for name, _ in settings()}
     for span in code_spans(page):
-        name = re.match(r"([a-z_]+)\.[a-z_0-9]+(?==|$)", span)
+        name = re.match(r"([a-z_]+)(?:\.[a-z_0-9]+)+(?==|$)", span)
         # Without a value, `env.step` and `model.processor` are attributes in Python.
         is_setting = name and name[1] in sections and ("=" in span or name[1] not in GROUPS[1:])
         if is_setting and not span.endswith(".py"):
