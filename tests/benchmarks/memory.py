@@ -51,14 +51,14 @@ SIZES = {
 }
 PIXELS = 512
 """Side of an image: 32 x 32 latent tokens of 64 values."""
-PROMPT_WORDS = 900
-"""One token each; the system text has 48 more."""
-THOUGHT = {"rollout": 60, "update": 300}
-"""Tokens of a thought, all of which are used."""
-ROWS = 3
+PROMPT = {"rollout": 900, "update": 100}
+"""Tokens of a prompt; the system text has 48 more."""
+THOUGHT = {"rollout": 60, "update": 150}
+"""Tokens of a thought, all of which are used. Those of an update need several chunks of logits."""
+ROWS = 2
 """Episodes of a rollout, and half of those of the larger one."""
-MAX_ROWS = 2
-"""Images that are denoised at once in a rollout; one in an update."""
+MAX_ROWS = 1
+"""Images that are denoised at once."""
 RANK = 64
 FLOAT = 4
 """Bytes of a float32."""
@@ -73,7 +73,7 @@ class Needed:
         cache: keys and values of all that the model has read.
         trajectory: what is kept of the episodes.
         activations: of one chunk.
-        training: values, gradients and both moments of AdamW, of what is trained.
+        training: gradients and both moments of AdamW, of what is trained.
     """
 
     weights: int = 0
@@ -146,22 +146,23 @@ class LongThoughts(Actor):
         return super().act({**observation, "legal_tokens": legal})
 
 
-def make_trainer(folder: Path, rows: int, thought: int, *changes: str) -> Trainer:
+def make_trainer(folder: Path, run: str, rows: int, *changes: str) -> Trainer:
     """A trainer of one group; its model is that of the folder."""
     trainer = Trainer(
         load_config(
             [
                 f"model.name={folder}",
-                f"env.prompts={folder / 'prompts.txt'}",
+                f"env.prompts={folder / run}.txt",
                 f"output.folder={folder / 'run'}",
                 f"trainer.group_size={rows}",
-                f"env.text_budget={thought}",
+                f"env.text_budget={THOUGHT[run]}",
                 "env.reward=brevity",
                 "env.image_steps=2",
                 "algorithm.window_size=1",
                 "algorithm.window_high=1",
                 "trainer.groups=1",
                 "trainer.minibatches=1",
+                f"model.max_rows={MAX_ROWS}",
                 "model.vision=false",
                 *changes,
             ]
@@ -186,8 +187,8 @@ def needed_of(trainer: Trainer, episodes: Trajectory, rows: int) -> Needed:
 
 
 def rollout(folder: Path, peak: Peak, rows: int) -> Needed:
-    changes = (f"model.max_rows={MAX_ROWS}", "algorithm.velocity_weight=0")
-    trainer = make_trainer(folder, rows, THOUGHT["rollout"], *changes)
+    # The reference would be a second model.
+    trainer = make_trainer(folder, "rollout", rows, "algorithm.velocity_weight=0")
     prompts = trainer.variant.task.prompts("train", 1, 0)
     peak.begin()
     needed = needed_of(trainer, trainer.collector.collect(prompts, 0), rows)
@@ -196,12 +197,11 @@ def rollout(folder: Path, peak: Peak, rows: int) -> Needed:
 
 
 def update(folder: Path, peak: Peak) -> Needed:
-    """An update by adapters in both experts, one episode and one denoising step at a time."""
+    """A rollout and an update by adapters in both experts, one episode at a time."""
     trainer = make_trainer(
         folder,
+        "update",
         2,
-        THOUGHT["update"],
-        "model.max_rows=1",
         "model.checkpointing=true",
         f"model.lora.text.rank={RANK}",
         f"model.lora.image.rank={RANK}",
@@ -211,7 +211,7 @@ def update(folder: Path, peak: Peak) -> Needed:
     trainer.iterate()
     episodes = next(iter(trainer.buffer))
     needed = needed_of(trainer, episodes, 1)
-    needed.activations = update_bytes(1)
+    needed.activations = update_bytes(MAX_ROWS)
     for parameters in trainer.optimization.experts.values():
         needed.training += 3 * sum(weight.numel() for weight in parameters) * FLOAT
     return needed
@@ -262,8 +262,9 @@ def write_folder(folder: Path) -> None:
     shutil.copytree(RELEASE, folder, dirs_exist_ok=True)
     sizes = json.loads((RELEASE / "llm_config.json").read_text())
     write_json({**sizes, **SIZES}, folder / "llm_config.json")
-    prompt = " ".join(["red"] * PROMPT_WORDS)
-    (folder / "prompts.txt").write_text(f"{prompt}\n{prompt} too\n")
+    for run, words in PROMPT.items():
+        prompt = " ".join(["red"] * words)
+        (folder / f"{run}.txt").write_text(f"{prompt}\n{prompt} too\n")
     with torch.device("meta"):
         model = Bagel(BagelConfig(**SIZES, max_latent_size=PIXELS // 16))
     layout = {name: (torch.bfloat16, weight.shape) for name, weight in model.named_parameters()}

@@ -5,6 +5,8 @@ import torch
 
 from agents.policy.chunks import FREE_SHARE, predict_velocity, rows_at_once
 from agents.policy.evaluate import window_velocities
+from agents.policy.guidance import Guidance, guided
+from unigrpo_env.mdp.rules import Role
 
 GIB = 2**30
 
@@ -83,6 +85,23 @@ def test_gradients_of_parts_are_those_of_the_whole(small_bagel, inputs, checkpoi
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_parts_under_guidance_are_the_whole(small_bagel, inputs):
+    """A part has its rows of all branches."""
+    _, x, t = inputs
+    found = []
+    for max_rows in (None, 3):
+        small_bagel.max_rows = max_rows
+        model = guided(small_bagel, Guidance(3.0, 2.0))
+        roles = torch.full((4, 3), Role.USER)
+        context = model.empty_context(4)
+        reads = torch.tensor([True, False, True, False])
+        context = model.append_image(context, x[:4], mask=reads)
+        _, context = model.append_hidden(context, torch.arange(5, 17).view(4, 3), roles=roles)
+        found.append(predict_velocity(model, context, x, t, 3))
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
 
 
 def kept_bytes(function):

@@ -202,6 +202,29 @@ def test_a_step_waits_once(small_bagel, short_variant, monkeypatch, name):
     assert min(kinds.values()) > 1
 
 
+@pytest.mark.parametrize("text_budget", [0, 5])
+def test_observation_may_be_on_the_device(small_bagel, short_variant, text_budget):
+    """All of it, as a TorchRL env gives it; the decision is where that of the vector env is."""
+    variant = short_variant("story", text_budget=text_budget, reward=length_reward)
+    on_stand_in(small_bagel)
+    decisions = []
+    with StandIn():
+        env = InterleavedGenVectorEnv(variant, 3, device=DEVICE)
+        prompts = variant.task.prompts("train", 3, 0)
+        observation, _ = env.reset(seed=0, options={"prompts": prompts})
+        for seen in (observation, tree_map(send, observation)):
+            actor = Actor(small_bagel, window=Window(2, 0, 3))
+            actor.start([1, 2, 3], send(torch.zeros(3, dtype=torch.int64)))
+            decisions.append(actor.act(seen))
+    first, second = decisions
+    for decision in decisions:
+        assert not is_on_device(decision.token)
+        assert not is_on_device(decision.active)
+        assert is_on_device(decision.next_latent)
+    assert torch.equal(first.token, second.token)
+    assert torch.equal(bring(first.next_latent), bring(second.next_latent))
+
+
 @pytest.mark.parametrize("name", ["text_to_image", "edit", "story"])
 def test_episodes_on_a_device_are_those_on_the_cpu(small_bagel, short_variant, name):
     """And so are the gradients of what is made of them."""
