@@ -26,10 +26,15 @@ class ContextCache:
 
     Args:
         model: reads text and images.
+
+    Attributes:
+        prompt_budget: how much of the token buffer only a prompt can fill, where that is known; no
+            room is made for it beyond the prompt.
     """
 
     def __init__(self, model: UnifiedModel[Any]) -> None:
         self.model = model
+        self.prompt_budget = 0
         self.context: Context | None = None
         self.logits = torch.zeros(0)
         self._cached_tokens = torch.zeros(0)
@@ -125,7 +130,8 @@ class ContextCache:
             more_images = images.shape[1] - sources.positions.shape[1]
         self.logits, self.context = read_prompts(self.model, prompts, lengths, roles, sources)
         # Room for the whole episode at once, so that no token makes the cache grow.
-        self.model.reserve(self.context, tokens.shape[1] - longest, more_images)
+        filled = max(longest, self.prompt_budget)
+        self.model.reserve(self.context, tokens.shape[1] - filled, more_images)
         self._subset = None
         self._cached_tokens = tokens.clone()
         self._cached_length = lengths.clone()

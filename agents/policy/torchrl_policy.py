@@ -123,12 +123,12 @@ class ActorPolicy(TensorDictModuleBase):
         # Where all rows begin, this draws what the trainer's collector draws.
         first = int(seed[begun.nonzero()[0, 0]])
         generator = torch.Generator().manual_seed(first)
-        starts = window.draw(groups, generator, self.iteration).to(seed.device)
+        starts = window.draw(groups, generator, self.iteration)
         starts = starts.repeat_interleave(self.group_size)
         before = self.actor.window_start
         if before is None or before.shape != starts.shape:
             return starts
-        whole = begun.view(groups, -1).all(1).repeat_interleave(self.group_size)
+        whole = begun.view(groups, -1).all(1).repeat_interleave(self.group_size).cpu()
         return torch.where(whole, starts, before)
 
     def _write(
@@ -141,11 +141,13 @@ class ActorPolicy(TensorDictModuleBase):
         log_prob = torch.zeros_like(latent[:, 0, 0])
         mean = torch.zeros_like(latent)
         next_latent = latent.clone()
+        # The actor decides on the CPU; the env's entries may be on a device.
+        active = decision.active.to(phase.device)
         if decision.log_prob is not None:
-            token = torch.where(decision.active, decision.token, 0)
-            log_prob = torch.where(decision.active, decision.log_prob, 0)
+            token = torch.where(active, decision.token.to(phase.device), 0)
+            log_prob = torch.where(active, decision.log_prob, 0)
         if decision.mean is not None:
-            draws = decision.active[:, None, None]
+            draws = active[:, None, None]
             # Rows that wait have divided by t = 0.
             mean = torch.where(draws, decision.mean, 0)
             next_latent = torch.where(draws, decision.next_latent, latent)
@@ -154,8 +156,8 @@ class ActorPolicy(TensorDictModuleBase):
             window_start = torch.zeros_like(phase)
         tensordict["token"] = token
         tensordict["next_latent"] = next_latent
-        tensordict["active"] = decision.active[:, None]
+        tensordict["active"] = active[:, None]
         tensordict["log_prob"] = log_prob
         tensordict["mean"] = mean
-        tensordict["window_start"] = window_start.clone()
+        tensordict["window_start"] = window_start.to(phase.device, copy=True)
         return tensordict

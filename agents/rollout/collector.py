@@ -83,6 +83,7 @@ def rollout(
     images = env.episodes.rules.image_budget
     intermediate = {name: torch.zeros(rows, images) for name in INTERMEDIATE}
     result = RolloutResult(observation, torch.zeros(rows), {}, intermediate)
+    actor.cache.prompt_budget = env.episodes.rules.prompt_budget
     over = bool((observation["phase"] == Phase.DONE).all())
     while not over:
         decision = actor.act(observation)

@@ -52,7 +52,9 @@ SIZES = {
 PIXELS = 512
 """Side of an image: 32 x 32 latent tokens of 64 values."""
 PROMPT = {"rollout": 900, "update": 100}
-"""Tokens of a prompt; the system text has 48 more."""
+"""Words of a prompt, one token each."""
+SYSTEM = 60
+"""Tokens of the system text, and of the marks."""
 THOUGHT = {"rollout": 60, "update": 150}
 """Tokens of a thought, all of which are used. Those of an update need several chunks of logits."""
 ROWS = 2
@@ -72,6 +74,8 @@ class Needed:
         weights: all of the model.
         cache: keys and values of all that the model has read.
         trajectory: what is kept of the episodes.
+        sampling: the logits of the next token of each row, masked, as log-probabilities, and as
+            probabilities in float64.
         activations: of one chunk.
         training: gradients and both moments of AdamW, of what is trained.
     """
@@ -79,12 +83,13 @@ class Needed:
     weights: int = 0
     cache: int = 0
     trajectory: int = 0
+    sampling: int = 0
     activations: int = 0
     training: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.trajectory + self.activations + self.training
+        return sum(vars(self).values())
 
 
 def cache_bytes(rows: int, slots: int) -> int:
@@ -155,6 +160,8 @@ def make_trainer(folder: Path, run: str, rows: int, *changes: str) -> Trainer:
                 f"env.prompts={folder / run}.txt",
                 f"output.folder={folder / 'run'}",
                 f"trainer.group_size={rows}",
+                # No room for longer prompts, because the model makes all that the budgets allow.
+                f"env.prompt_budget={PROMPT[run] + SYSTEM}",
                 f"env.text_budget={THOUGHT[run]}",
                 "env.reward=brevity",
                 "env.image_steps=2",
@@ -192,6 +199,7 @@ def rollout(folder: Path, peak: Peak, rows: int) -> Needed:
     prompts = trainer.variant.task.prompts("train", 1, 0)
     peak.begin()
     needed = needed_of(trainer, trainer.collector.collect(prompts, 0), rows)
+    needed.sampling = rows * SIZES["vocab_size"] * (3 * FLOAT + 8)
     needed.activations = velocity_bytes(MAX_ROWS)
     return needed
 
@@ -288,7 +296,7 @@ def figures() -> Iterator[Figure]:
         large = measure_apart("rollout", folder, 2 * ROWS)
         yield _figure(f"rollout of {2 * ROWS} / needed", 1.3, large)
         # Beyond the rows of a chunk an episode costs what is kept of it, and nothing else.
-        kept = {part: small["parts"][part] for part in ("cache", "trajectory")}
+        kept = {part: small["parts"][part] for part in ("cache", "trajectory", "sampling")}
         more = {"bytes": large["bytes"] - small["bytes"], "needed": sum(kept.values())}
         yield _figure(f"{ROWS} more episodes / what is kept of them", 1.3, {**more, "parts": kept})
         yield _figure("update / needed", 1.3, measure_apart("update", folder))

@@ -175,13 +175,18 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
     def velocity_bytes(self, context: KeyValueContext) -> int:
         """See `UnifiedModel`. An estimate in the dtype of the weights.
 
+        It counts the copy of the context that a part of the rows works on.
+
         Args:
             context: what was read.
         """
         length = 2 + self.latent_shape[0]
-        values = forward_values(self.config, length, context.size + length)
+        config = self.config
+        key_width = config.num_key_value_heads * config.head_dim
+        values = 2 * config.num_hidden_layers * context.size * key_width
+        values += forward_values(config, length, context.size + length)
         if torch.is_grad_enabled():
-            values += backward_values(self.config, length, self.checkpointing)
+            values += backward_values(config, length, self.checkpointing)
         return values * self.vae2llm.weight.element_size()
 
     def append_text(

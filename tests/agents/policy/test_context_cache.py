@@ -120,3 +120,20 @@ def test_context_of_some_rows_is_kept(small_bagel, after_two_images):
         assert cache.rows(active)[1] is not context
     assert index.tolist() == [1]
     assert context.batch_size == 1
+
+
+def test_room_is_made_for_the_whole_episode_at_once(small_bagel, short_variant):
+    """But not for the part of the prompt's budget that the prompt leaves free."""
+    variant = short_variant("text_to_image", prompt_budget=50)
+    env = InterleavedGenVectorEnv(variant, 2, copy=False)
+    actor = Actor(small_bagel)
+    observation, _ = env.reset(seed=0)
+    rules = variant.rules
+    actor.cache.prompt_budget = rules.prompt_budget
+    actor.act(observation)
+    longest = int(observation["prompt_length"].max())
+    context = actor.cache.context
+    assert context.capacity == longest + rules.max_tokens - rules.prompt_budget
+    capacity = context.capacity
+    rollout(env, actor, observation)
+    assert actor.cache.context.capacity == capacity
