@@ -240,8 +240,7 @@ class GuidanceSettings:
     evaluate: float = setting(1.0, "scale in evaluations; 1: off")
     image: float = setting(
         1.0,
-        "scale away from the velocity without images, where guidance is on and an image was read;"
-        " 1: off",
+        "scale away from the velocity without images and thoughts, where guidance is on; 1: off",
     )
     low: float = setting(0.0, "guidance is active at low < t <= high")
     high: float = setting(1.0, "see guidance.low")
