@@ -3,8 +3,7 @@
 A BAGEL of half a billion random weights in the layout of the release is loaded, plays and learns,
 each in a process of its own. Its resident memory at most, less what the same process held after a
 run of the tiny model, is divided by a sum that `Needed` writes out. Images are not decoded: what an
-auto-encoder takes does not depend on the model, nor on the number of episodes. All of it takes some
-five minutes on two cores.
+auto-encoder takes does not depend on the model, nor on the number of episodes.
 
 All runs but the loading compute in float32: CPUs without bfloat16 units are some 40 times slower in
 it. In bfloat16 every term of the sum but the trajectory's and the logits' is half as large.
