@@ -204,7 +204,7 @@ def encode_sources(
     if count == 0:
         return latents, None
     # [sources, 3, height, width]
-    images = torch.stack(list(prompt.sources)).float()
+    images = torch.stack(list(prompt.sources))
     # An image that is only to be understood needs no latent.
     if latents.numel():
         latents = processor.encode_images(images)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,10 @@ from torch import Tensor
 from agents.models.base import UnifiedModel
 from agents.policy.actor import Actor
 from agents.policy.guidance import Guidance
-from agents.rollout.collector import RolloutResult, rollout
+from agents.rollout.collector import rollout
 from unigrpo_env.tasks.task import Prompt, join_thoughts
 from unigrpo_env.variants.variant import Variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
-
-DECODED_AT_ONCE = 16
-"""Episodes whose images are decoded at a time; each image of 1024 x 1024 takes 12 MiB."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +116,16 @@ def evaluate(
         raise ValueError("expected at least one prompt to evaluate on, got none; give some prompts")
     variant = variant.with_image_steps(image_steps)
 
-    def _make_actor() -> Actor:
-        return Actor(model, temperature=temperature, guidance=guidance)
-
+    actor = Actor(model, temperature=temperature, guidance=guidance)
     parts = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        parts.append(_evaluate_batch(_make_actor, variant, batch, seed + start, device))
+        parts.append(_evaluate_batch(actor, variant, batch, seed + start, device))
     return _concatenate(parts)
 
 
 def _evaluate_batch(
-    make_actor: Callable[[], Actor],
+    actor: Actor,
     variant: Variant,
     prompts: list[Prompt],
     first_seed: int,
@@ -140,29 +135,21 @@ def _evaluate_batch(
     env = InterleavedGenVectorEnv(variant, len(prompts), copy=False, device=device)
     # The seed belongs to the prompt, so the split into batches changes no episode.
     seeds = list(range(first_seed, first_seed + len(prompts)))
-    # The actor is gone before images are decoded, and with it the context of all rows.
-    result = _play(env, make_actor(), prompts, seeds)
-    all_images: list[Tensor] = []
-    for start in range(0, len(prompts), DECODED_AT_ONCE):
-        rows = range(start, min(start + DECODED_AT_ONCE, len(prompts)))
-        # Images go to the CPU: those of all rows may not fit on the device.
-        all_images.extend(images.cpu() for images in env.episodes.all_images(rows))
-    return Evaluation(
-        prompts=prompts,
-        thoughts=env.episodes.thoughts(range(len(prompts))),
-        all_images=all_images,
-        reward=result.reward,
-        components=result.components,
-    )
-
-
-def _play(
-    env: InterleavedGenVectorEnv, actor: Actor, prompts: list[Prompt], seeds: list[int]
-) -> RolloutResult:
     observation, _ = env.reset(seed=seeds, options={"prompts": prompts})
     # The actor draws tokens and noise from these seeds, row by row.
     actor.start(seeds)
-    return rollout(env, actor, observation)
+    result = rollout(env, actor, observation)
+    # What was read takes memory that decoding needs.
+    actor.cache.clear()
+    rows = range(len(prompts))
+    return Evaluation(
+        prompts=prompts,
+        thoughts=env.episodes.thoughts(rows),
+        # Images go to the CPU: those of all batches may not fit on the device.
+        all_images=[images.cpu() for images in env.episodes.all_images(rows)],
+        reward=result.reward,
+        components=result.components,
+    )
 
 
 def _concatenate(parts: Sequence[Evaluation]) -> Evaluation:

@@ -102,10 +102,10 @@ class UniGRPOLoss(LossModule):
     """
 
     in_keys = (
-        "prompt_tokens", "prompt_length", "tokens", "text_mask", "chosen_mask", "log_prob",
-        "latent", "images", "image_positions", "group", "window_latents", "window_means",
-        "window_times", "images_drawn", "text_advantage", "image_advantage", "step_mask",
-        "episode_weight", "token_weight",
+        "prompt_tokens", "prompt_roles", "prompt_length", "tokens", "roles", "text_mask",
+        "chosen_mask", "log_prob", "latent", "images", "pixels", "image_positions", "group",
+        "window_latents", "window_means", "window_times", "images_drawn", "text_advantage",
+        "image_advantage", "step_mask", "episode_weight", "token_weight",
     )  # fmt: skip
     out_keys = (
         "loss_text", "loss_image", "loss_velocity", "loss_kl", "entropy", "text_clip_fraction",
@@ -167,7 +167,7 @@ class UniGRPOLoss(LossModule):
         reference = None
         if settings.needs_reference:
             reference = model.reference()
-        device = next(model.parameters()).device
+        device = model.device
         legal = variant.rules.legal_by_round().to(device)
         score = None
         if settings.image_objective == "refl":

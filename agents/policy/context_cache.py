@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from agents.models.base import Context, UnifiedModel
-from agents.policy.prefill import (
-    Sources,
-    append_and_predict,
-    keep_logits,
-    read_prompts,
+from agents.policy.prefill import Sources, append_and_predict, partial_mask, read_prompts
+from agents.policy.segments import (
+    ImageSegment,
+    image_contents,
+    image_inputs,
+    segments,
+    stored_images,
 )
-from agents.policy.segments import ImageSegment, image_inputs, segments
 from unigrpo_env.mdp.rules import Role
 
 
@@ -50,6 +51,7 @@ class ContextCache:
         """Forget everything; call it after a change of the weights."""
         self.context = None
         self._subset = None
+        self._compared = None
 
     def sync(self, observation: dict[str, Tensor]) -> bool:
         """Bring context and logits to what the observation says.
@@ -123,9 +125,10 @@ class ContextCache:
         more_images = 0
         # Without images an empty tensor stands in their place: the walk needs no case for it.
         self._cached_images = tokens[:, :0]
+        self._compared = None
         if "images" in observation:
             self._cached_images = _contents(observation).clone()
-            images, pixels = _images(observation)
+            images, pixels = stored_images(observation)
             sources = Sources.of(images, pixels, observation["image_positions"], lengths)
             more_images = images.shape[1] - sources.positions.shape[1]
         self.logits, self.context = read_prompts(self.model, prompts, lengths, roles, sources)
@@ -188,10 +191,11 @@ class ContextCache:
             assert self.context is not None
             # A copy, because the env overwrites its own buffer in the next episode.
             self._cached_images.copy_(_contents(observation))
-            images, pixels = _images(observation)
+            self._compared = None
+            images, pixels = stored_images(observation)
             place = part.rows, part.numbers
             latent, seen = image_inputs(images[place], pixels[place])
-            reads = part.reads.to(self.model.device)
+            reads = partial_mask(part.reads, self.model.device)
             self.context = self.model.append_image(self.context, latent, seen, reads)
             self._subset = None
         self._cached_length = count.clone()
@@ -201,23 +205,10 @@ class ContextCache:
             return
         assert self.context is not None
         self._subset = None
-        found, self.context = append_and_predict(self.model, self.context, ids, mask, roles)
-        self.logits = keep_logits(found, mask, self.logits)
-
-
-def _images(observation: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Stored latents `[N, M, L, C]` and pixels `[N, M, 3, height, width]`."""
-    images = observation["images"]
-    pixels = observation.get("pixels")
-    if pixels is None:
-        # The model has no vision encoder.
-        pixels = images.new_zeros(*images.shape[:2], 3, 0, 0, dtype=torch.uint8)
-    return images, pixels
+        self.logits, self.context = append_and_predict(
+            self.model, self.context, ids, mask, roles, self.logits
+        )
 
 
 def _contents(observation: dict[str, Tensor]) -> Tensor:
-    """`[N, M, ...]`, equal for equal images: the latents, or the pixels where there are none."""
-    images, pixels = _images(observation)
-    if images.shape[2] == 0:
-        return pixels
-    return images
+    return image_contents(*stored_images(observation))

@@ -113,7 +113,8 @@ class _Walk:
         sources = Sources.of(
             episodes.images, episodes.pixels, episodes.image_positions, episodes.prompt_length
         )
-        # `logits` [n, 1, V] are those of the token after all that was read.
+        # `logits` [n, 1, V] are those of the token after the prompt. What stands first after an
+        # image is the env's, so no logits are needed there.
         self.logits, self.context = read_prompts(
             self.model,
             episodes.prompt_tokens,
@@ -176,15 +177,13 @@ class _Walk:
     def _evaluate_at_once(self, part: TextSegment, states: Tensor, legal: Tensor) -> None:
         # [n, T, V]
         later = self.model.compute_logits(states)
-        # The logits before the first token come from what was read before it.
+        # The logits before the first token come from the prompt.
         before_each = torch.cat([self.logits, later[:, :-1]], 1)
         log_probs = token_log_probs(before_each, legal, self.options.temperature)
         row, position = part.mask.nonzero(as_tuple=True)
         log_prob = log_probs[row, position, part.ids[row, position]]
         entropy = token_entropy(log_probs, legal)[row, position]
         self._write(part, row, position, log_prob, entropy)
-        # A copy: a view would hold the logits of the whole text.
-        self.logits = later[:, -1:].clone()
 
     def _evaluate_in_parts(self, part: TextSegment, states: Tensor, legal: Tensor) -> None:
         """The same, but the logits of a few tokens at a time."""
@@ -195,7 +194,6 @@ class _Walk:
         row, before = part.mask[:, 1:].nonzero(as_tuple=True)
         head = self.model.compute_logits
         self._write_chosen(part, row, before + 1, head, states[row, before], legal)
-        self.logits = head(states[:, -1:])
 
     def _write_chosen(
         self,

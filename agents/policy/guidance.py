@@ -261,8 +261,11 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         self.model.reserve(context.full, tokens, images)
 
     def velocity_bytes(self, context: GuidedContext) -> int:
-        """The model's, for its longest context."""
-        return self.model.velocity_bytes(context.full)
+        """The model's for all branches: with gradient all of them are held at once."""
+        parts = [context.full, context.without_text]
+        if context.without_image is not None:
+            parts.append(context.without_image)
+        return sum(self.model.velocity_bytes(part) for part in parts)
 
     def predict_velocity(self, context: GuidedContext, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`; guided, see `Guidance`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.models.base import Context, UnifiedModel
-from agents.policy.segments import ImageSegment, image_inputs, segments
+from agents.policy.segments import ImageSegment, image_contents, image_inputs, segments
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,8 @@ class Sources:
         return cls(images[:, :most], pixels[:, :most], positions)
 
     def contents(self) -> Tensor:
-        """`[N, ...]`, equal for equal images: the latents, or the pixels where there are none."""
-        if self.latents.shape[2] == 0:
-            return self.pixels.flatten(1)
-        return self.latents.flatten(1)
+        """`[N, ...]`, equal for equal images."""
+        return image_contents(self.latents, self.pixels).flatten(1)
 
 
 def read_prompts(
@@ -105,8 +103,9 @@ def read_prompts(
                 context, latent, pixels, partial_mask(part.reads, device), with_grad=with_grad
             )
         elif part.ids.shape[1]:
-            found, context = append_and_predict(model, context, part.ids, part.mask, part.roles)
-            logits = keep_logits(found, part.mask, logits)
+            logits, context = append_and_predict(
+                model, context, part.ids, part.mask, part.roles, logits
+            )
     if logits is None:
         # No prompt has a word: nothing can be sampled from it, an image can only follow.
         logits = torch.zeros(len(unique), 1, model.vocab_size, device=device)
@@ -115,7 +114,12 @@ def read_prompts(
 
 
 def append_and_predict(
-    model: UnifiedModel[Any], context: Context, ids: Tensor, mask: Tensor, roles: Tensor | None
+    model: UnifiedModel[Any],
+    context: Context,
+    ids: Tensor,
+    mask: Tensor,
+    roles: Tensor | None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Context]:
     """Read a ragged text; the logits after each row's last token alone, and the grown context.
 
@@ -125,40 +129,32 @@ def append_and_predict(
         ids: `[N, T]` int64, T at least 1.
         mask: `[N, T]` bool, which of them count; they stand first.
         roles: `[N, T]` int64, a `Role` each, which guidance needs.
+        before: `[N, 1, V]`, the logits of rows that read nothing.
 
     Returns:
-        `[N, 1, V]` (of position 0 in a row without a token), and the context.
+        `[N, 1, V]`, and the context.
     """
     device = model.device
-    ids = ids.to(device, non_blocking=True)
-    mask = mask.to(device, non_blocking=True)
+    # A model need not be told of a mask that hides nothing.
+    partial = partial_mask(mask, device)
     if roles is not None:
         roles = roles.to(device, non_blocking=True)
-    hidden, context = model.append_hidden(context, ids, mask, roles=roles)
+    hidden, context = model.append_hidden(
+        context, ids.to(device, non_blocking=True), partial, roles=roles
+    )
     # The head is the most expensive part of a long text: it runs on one position.
     if ids.shape[1] > 1:
-        last = (mask.sum(1) - 1).clamp(min=0)
+        last = (mask.sum(1) - 1).clamp(min=0).to(device, non_blocking=True)
         rows = torch.arange(len(ids), device=device)
         hidden = hidden[rows, last].unsqueeze(1)
-    return model.compute_logits(hidden), context
-
-
-def keep_logits(found: Tensor, mask: Tensor, before: Tensor | None) -> Tensor:
-    """The logits after a ragged text: those of before in rows that read nothing.
-
-    Args:
-        found: `[N, 1, V]`.
-        mask: `[N, T]` bool, which tokens were read.
-        before: `[N, 1, V]`, or None.
-    """
-    if before is None:
-        return found
-    has_read = mask[:, :1, None].to(found.device, non_blocking=True)
-    return torch.where(has_read, found, before)
+    logits = model.compute_logits(hidden)
+    if before is None or partial is None:
+        return logits, context
+    return torch.where(partial[:, :1, None], logits, before), context
 
 
 def partial_mask(mask: Tensor, device: torch.device) -> Tensor | None:
-    """A mask of rows on the device; None where all rows are meant."""
+    """A mask on the device; None where it is True throughout."""
     if mask.all():
         return None
-    return mask.to(device)
+    return mask.to(device, non_blocking=True)

@@ -6,7 +6,7 @@ of them take this walk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,32 @@ def _text_segment(
     if roles is not None:
         roles = roles.gather(1, positions[:, :length])
     return TextSegment(rows, ids, mask, positions, roles)
+
+
+def stored_images(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The images of an observation that may be read: latents and pixels, M of each row.
+
+    Args:
+        observation: the vector env's. It has no `images` where none are read, and no `pixels` where
+            the model has no vision encoder.
+
+    Returns:
+        `[N, M, L, C]` float32 and `[N, M, 3, height, width]` uint8, empty where there is nothing.
+    """
+    images = observation.get("images")
+    if images is None:
+        images = observation["latent"][:, None][:, :0]
+    pixels = observation.get("pixels")
+    if pixels is None:
+        pixels = images.new_zeros(*images.shape[:2], 3, 0, 0, dtype=torch.uint8)
+    return images, pixels
+
+
+def image_contents(latents: Tensor, pixels: Tensor) -> Tensor:
+    """`[N, M, ...]`, equal for equal images: the latents, or the pixels where there are none."""
+    if latents.shape[2] == 0:
+        return pixels
+    return latents
 
 
 def image_inputs(latents: Tensor, pixels: Tensor) -> tuple[Tensor | None, Tensor | None]:

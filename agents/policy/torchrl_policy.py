@@ -57,6 +57,7 @@ class ActorPolicy(TensorDictModuleBase):
         self.in_keys = [*self.observed, "seed", "episode"]
         self.out_keys = ["token", "next_latent", "active", "log_prob", "mean", "window_start"]
         self.actor = actor
+        actor.cache.prompt_budget = rules.prompt_budget
         # A part of this module, so that TorchRL finds the weights.
         self.model = actor.model
         self.group_size = group_size

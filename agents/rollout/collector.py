@@ -13,6 +13,7 @@ from torch import Tensor
 
 from agents.policy.actor import Actor, Decision
 from agents.policy.sde import Window
+from agents.policy.segments import stored_images
 from agents.trajectory import Trajectory
 from unigrpo_env.mdp.rules import Phase, Rules
 from unigrpo_env.tasks.task import Prompt
@@ -175,14 +176,8 @@ class Recorder:
         device = self.latents.device
         rows = len(seeds)
         log_prob, chosen_mask = self._place_words(rows, device)
-        images = observation["latent"][:, None][:, :0]
-        positions = observation["tokens"][:, :0]
-        if "images" in observation:
-            images = observation["images"]
-            positions = observation["image_positions"]
-        # A model without a vision encoder saw no pixels.
-        none = torch.zeros(rows, images.shape[1], 3, 0, 0, dtype=torch.uint8)
-        pixels = observation.get("pixels", none)
+        images, pixels = stored_images(observation)
+        positions = observation.get("image_positions", observation["tokens"][:, :0])
         components = {name: values.to(device) for name, values in result.components.items()}
         intermediate = result.intermediate_rewards
         return Trajectory(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from agents.policy.actor import Decision
 from agents.policy.sde import Window
+from agents.policy.segments import image_contents, stored_images
 from agents.rollout.collector import INTERMEDIATE, Recorder, RolloutResult
 from agents.trajectory import Trajectory
 from unigrpo_env.mdp.rules import Phase, Rules
@@ -153,7 +154,8 @@ def _check_groups(final: Records, rules: Rules, group_size: int) -> None:
     beyond = torch.arange(budget, device=length.device) >= length
     shared = [final["tokens"][:, :budget].masked_fill(beyond, -1)]
     if rules.source_images:
-        shared.append(final["images"][:, : rules.source_images])
+        contents = image_contents(*stored_images(final))
+        shared.append(contents[:, : rules.source_images])
     for values in shared:
         members = values.unflatten(0, (-1, group_size))
         if (members != members[:, :1]).any():

@@ -17,7 +17,7 @@ from agents.models.base import UnifiedModel
 from agents.policy.evaluate import evaluate_actions
 from agents.trajectory import Trajectory
 from unigrpo_env.flow_time import shift_time
-from unigrpo_env.mdp.rules import Role
+from unigrpo_env.mdp.rules import Role, lay_out_roles
 from unigrpo_env.processor import Processor
 from unigrpo_env.tasks.task import Demonstration, DemonstrationTask
 from unigrpo_env.variants.variant import Variant
@@ -44,17 +44,17 @@ class Stream:
     roles: list[int] = field(default_factory=list)
     image_positions: list[int] = field(default_factory=list)
 
-    def write(self, ids: Sequence[int], chosen: bool, user_length: int = 0) -> None:
+    def write(self, ids: Sequence[int], chosen: bool, roles: Sequence[int] | None = None) -> None:
         """Append tokens.
 
         Args:
             ids: the tokens.
             chosen: whether the model is to learn them.
-            user_length: how many of them, from the first, the user wrote.
+            roles: who wrote each; the model if left out.
         """
         self.tokens += ids
         self.chosen += [chosen] * len(ids)
-        self.roles += _roles(0, user_length, len(ids))
+        self.roles += roles or [Role.MODEL] * len(ids)
 
 
 def lay_out(
@@ -81,9 +81,11 @@ def lay_out(
             prompt.text, sources=len(prompt.sources), system=system, thinks=first_thinks
         )
         turns = prompt.turns
-        system_length = processor.system_length(system)
-        user_end = len(stream.prompt) - processor.opening_length(first_thinks)
-        stream.prompt_roles = _roles(system_length, user_end, len(stream.prompt))
+        stream.prompt_roles = lay_out_roles(
+            len(stream.prompt),
+            processor.system_length(system),
+            processor.opening_length(first_thinks),
+        )
     # The processor decides where in the prompt its sources stand.
     for position, token in enumerate(stream.prompt):
         if token == processor.image_id:
@@ -95,7 +97,8 @@ def lay_out(
             thinks = thought is not None
             if number <= len(turns):
                 ids = processor.encode_turn(turns[number - 1], thinks=thinks)
-                stream.write(ids, False, len(ids) - processor.opening_length(thinks))
+                roles = lay_out_roles(len(ids), opening=processor.opening_length(thinks))
+                stream.write(ids, False, roles)
             else:
                 stream.write(processor.continuation_ids(thinks), chosen=False)
         if thought is not None:
@@ -108,12 +111,6 @@ def lay_out(
                 closing = processor.open_image_id if end_id is None else end_id
                 stream.write([closing], chosen=True)
     return stream
-
-
-def _roles(system: int, user_end: int, length: int) -> list[int]:
-    """The roles of a text: the system's words, the user's up to `user_end`, then the model's."""
-    roles = [Role.SYSTEM] * system + [Role.USER] * (user_end - system)
-    return [*roles, *[Role.MODEL] * (length - user_end)]
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
@@ -168,8 +165,6 @@ def as_trajectory(
     window_latents[row, number, 0] = (1 - level) * latents + level * noise
     window_times = torch.zeros(rows, images, 2, device=device)
     window_times[row, number, 0] = t
-    clean, positions = _images_to_read(variant, demonstrations, streams, latents, (row, number))
-    pixels = _pixels_to_read(variant, demonstrations, clean.shape[:2], (row, number))
     nothing = torch.zeros(rows, images, device=device)
     none = torch.zeros(rows, dtype=torch.int64)
     trajectory = Trajectory(
@@ -179,9 +174,7 @@ def as_trajectory(
         window_times=window_times,
         images_drawn=drawn,
         latent=torch.zeros(rows, *shape, device=device),
-        images=clean,
-        pixels=pixels,
-        image_positions=positions,
+        **_images_to_read(variant, demonstrations, streams, latents, (row, number)),
         reward=nothing[:, 0],
         thought_reward=nothing,
         round_reward=nothing,
@@ -214,53 +207,46 @@ def _images_to_read(
     streams: Sequence[Stream],
     latents: Tensor,
     place: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Clean latents `[N, M, L, C]`, sources first, and where each is read `[N, M]`."""
-    sources = []
-    for demonstration in demonstrations:
-        found: tuple[Tensor, ...] = ()
-        if demonstration.prompt is not None:
-            found = demonstration.prompt.sources
-        sources.append(found)
-    most = max(map(len, sources))
+) -> dict[str, Tensor]:
+    """The fields of a trajectory that say which images are read, and where; sources stand first."""
+    processor = variant.processor
+    sources = [_fitted_sources(variant, demonstration) for demonstration in demonstrations]
+    counts = torch.tensor([len(found) for found in sources])
+    most = int(counts.max())
     row, number = place
     slots = most + int(number.max()) + 1
-    # Sources stand first, as in the env; a row with fewer of them leaves slots empty.
+    # A row with fewer sources than another leaves slots empty.
     clean = latents.new_zeros(len(streams), slots, *latents.shape[1:])
     clean[row, most + number] = latents
     positions = torch.full((len(streams), slots), -1)
-    for index, (stream, found) in enumerate(zip(streams, sources, strict=True)):
-        count = len(found)
+    for index, stream in enumerate(streams):
+        count = len(sources[index])
         places = torch.tensor(stream.image_positions, dtype=torch.int64)
         positions[index, :count] = places[:count]
         positions[index, most : most + len(places) - count] = places[count:]
-        if count:
-            encoded = variant.processor.encode_images(torch.stack(list(found)))
-            clean[index, :count] = encoded.to(clean)
-    return clean, positions
-
-
-def _pixels_to_read(
-    variant: Variant,
-    demonstrations: Sequence[Demonstration],
-    shape: Sequence[int],
-    place: tuple[Tensor, Tensor],
-) -> Tensor:
-    """What a vision encoder sees of those images, `[N, M, 3, height, width]` uint8."""
-    processor = variant.processor
     size = processor.pixel_size or (0, 0)
-    pixels = torch.zeros(*shape, 3, *size, dtype=torch.uint8)
-    if processor.pixel_size is None:
-        return pixels
-    row, number = place
-    most = shape[1] - int(number.max()) - 1
-    images = torch.cat([demonstration.images for demonstration in demonstrations])
-    pixels[row, most + number] = processor.view_images(images)
-    for index, demonstration in enumerate(demonstrations):
-        if demonstration.prompt is not None and demonstration.prompt.sources:
-            sources = torch.stack(list(demonstration.prompt.sources))
-            pixels[index, : len(sources)] = processor.view_images(sources)
-    return pixels
+    pixels = torch.zeros(len(streams), slots, 3, *size, dtype=torch.uint8)
+    if most:
+        # All sources side by side, and where each belongs.
+        images = torch.stack([image for found in sources for image in found])
+        source_row = torch.arange(len(streams)).repeat_interleave(counts)
+        source_slot = torch.cat([torch.arange(int(count)) for count in counts])
+        clean[source_row, source_slot] = processor.encode_images(images).to(clean)
+        if processor.pixel_size is not None:
+            pixels[source_row, source_slot] = processor.view_images(images)
+    is_read = positions[row, most + number] >= 0
+    if processor.pixel_size is not None and is_read.any():
+        drawn = torch.cat([demonstration.images for demonstration in demonstrations])
+        pixels[row[is_read], most + number[is_read]] = processor.view_images(drawn[is_read])
+    return {"images": clean, "pixels": pixels, "image_positions": positions}
+
+
+def _fitted_sources(variant: Variant, demonstration: Demonstration) -> tuple[Tensor, ...]:
+    """The source images of a demonstration, in the size that the env would give them."""
+    if demonstration.prompt is None:
+        return ()
+    fit = variant.processor.fit_source
+    return tuple(fit(image.float()) for image in demonstration.prompt.sources)
 
 
 def supervised_losses(
@@ -311,7 +297,7 @@ def sample_losses(
         generator: of t (uniform, then shifted) and of standard normal noise, on the CPU.
         time_shift: of t towards noise.
     """
-    device = next(model.parameters()).device
+    device = model.device
     images = torch.cat([demonstration.images for demonstration in demonstrations])
     latents = variant.processor.encode_images(images)
     t = shift_time(torch.rand(len(latents), generator=generator), time_shift)

@@ -25,6 +25,20 @@ class Role(IntEnum):
     MODEL = 2
 
 
+def lay_out_roles(length: int, system: int = 0, opening: int = 0) -> list[int]:
+    """The role of each token of a prompt, or of a user's turn.
+
+    Args:
+        length: how many tokens there are.
+        system: how many of them, from the first, are the system's.
+        opening: how many of them, up to the last, open the thought.
+    """
+    user = length - system - opening
+    roles: list[int] = [Role.SYSTEM] * system
+    roles += [Role.USER] * user
+    return roles + [Role.MODEL] * opening
+
+
 SMALLEST = {
     "prompt_budget": 1,
     "text_budget": 0,

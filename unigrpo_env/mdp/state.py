@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unigrpo_env.mdp.noise import keyed_noise
-from unigrpo_env.mdp.rules import Phase, Role, Rules
+from unigrpo_env.mdp.rules import Phase, Role, Rules, lay_out_roles
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,9 @@ class EpisodeState:
         for prompt in prompts:
             rest = width - len(prompt.tokens)
             padded.append([*prompt.tokens, *[rules.pad_id] * rest])
-            # The last words of a prompt open the thought, so they are the model's like all after.
-            system = prompt.system_length
-            user = len(prompt.tokens) - system - rules.opening_length
-            model = width - system - user
-            roles.append([Role.SYSTEM] * system + [Role.USER] * user + [Role.MODEL] * model)
+            written = lay_out_roles(len(prompt.tokens), prompt.system_length, rules.opening_length)
+            # All that follows is the model's, but for a user's turns.
+            roles.append([*written, *[Role.MODEL] * rest])
         # [rows, max_tokens], so that the rest of the last episode is overwritten.
         self.tokens[rows] = torch.tensor(padded)
         self.roles[rows] = torch.tensor(roles)

@@ -1,7 +1,5 @@
 """Held-out accuracy."""
 
-import weakref
-
 import pytest
 import torch
 
@@ -98,27 +96,23 @@ def test_greedy_text_depends_on_no_seed(small_bagel):
     assert texts[0] == texts[1]
 
 
-def test_images_are_decoded_in_parts_when_the_context_is_gone(small_bagel, monkeypatch):
+def test_the_context_is_gone_when_images_are_decoded(small_bagel, monkeypatch):
     variant = make_variant("story", text_budget=5, image_steps=2)
-    prompts = variant.task.prompts("test", 5, 0)
-    expected = evaluate(small_bagel, variant, prompts).all_images
+    prompts = variant.task.prompts("test", 3, 0)
     actors = []
-    decoded = []
+    is_gone = []
     all_images = Episodes.all_images
 
     def make_actor(*arguments, **settings):
-        actor = Actor(*arguments, **settings)
-        actors.append(weakref.ref(actor))
-        return actor
+        actors.append(Actor(*arguments, **settings))
+        return actors[-1]
 
     def note(episodes, rows):
-        decoded.append((len(rows), actors[-1]() is None))
+        is_gone.append(actors[-1].cache.context is None)
         return all_images(episodes, rows)
 
     monkeypatch.setattr(accuracy, "Actor", make_actor)
-    monkeypatch.setattr(accuracy, "DECODED_AT_ONCE", 2)
     monkeypatch.setattr(Episodes, "all_images", note)
-    found = evaluate(small_bagel, variant, prompts).all_images
-    assert decoded[-3:] == [(2, True), (2, True), (1, True)]
-    for images, other in zip(found, expected, strict=True):
-        assert torch.equal(images, other)
+    evaluate(small_bagel, variant, prompts)
+    # The reward decodes while the episodes are played; the last call is for the result.
+    assert is_gone[-1]

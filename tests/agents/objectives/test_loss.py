@@ -9,6 +9,8 @@ from agents.config.schema import AlgorithmSettings
 from agents.objectives.loss import UniGRPOLoss, forward_points, window_flow_loss
 from agents.objectives.refl import LatentScore
 from agents.policy.evaluate import evaluate_actions
+from agents.policy.guidance import Guidance
+from agents.training.comparison import add_advantages
 
 pytestmark = pytest.mark.slow
 
@@ -301,3 +303,20 @@ def test_fpo_has_ratio_one_at_first(small_bagel, one_image):
     out["loss_image"].backward()
     lists = small_bagel.parameters_by_expert()
     assert any(p.grad is not None and p.grad.any() for p in lists["image"])
+
+
+def test_in_keys_are_all_that_it_reads(small_bagel, short_variant, collect):
+    """As a replay buffer would hand it over: with pixels and roles, under guidance too."""
+    variant = short_variant("edit")
+    guidance = Guidance(2.0, 1.5)
+    episodes = collect(small_bagel, variant, guidance=guidance)
+    add_advantages(episodes, "episode", variant.rules.rounds, 1.0)
+    flat = episodes.flatten(0, 1)
+    flat.episode_weight = torch.full((len(flat),), 1 / len(flat))
+    flat.token_weight = flat.episode_weight
+    loss = UniGRPOLoss.for_variant(small_bagel, variant, guidance=guidance)
+    chosen = flat.to_tensordict().select(*loss.in_keys)
+    found = loss(chosen)
+    expected = loss(flat)
+    for name in loss.out_keys:
+        torch.testing.assert_close(found[name], expected[name])

@@ -1,5 +1,7 @@
 """What an actor has read is read once, and is forgotten as soon as it is no longer shown."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -137,3 +139,22 @@ def test_room_is_made_for_the_whole_episode_at_once(small_bagel, short_variant):
     capacity = context.capacity
     rollout(env, actor, observation)
     assert actor.cache.context.capacity == capacity
+
+
+@torch.no_grad()
+def test_a_source_that_comes_back_is_read_again(small_bagel, short_variant):
+    """The same words about image A, then B, then A: each has the velocity of its own image."""
+    variant = short_variant("edit", text_budget=0)
+    first, second = variant.task.prompts("train", 2, 0)
+    other = dataclasses.replace(first, sources=second.sources)
+    observations = []
+    for prompt in (first, other):
+        env = InterleavedGenVectorEnv(variant, 1, copy=False)
+        observations.append(env.reset(seed=0, options={"prompts": [prompt]})[0])
+    actor = Actor(small_bagel)
+    actor.start([0])
+    means = []
+    for index in (0, 0, 1, 0):
+        means.append(actor.act(observations[index]).mean)
+    assert torch.equal(means[0], means[3])
+    assert not torch.allclose(means[0], means[2], atol=1e-4)

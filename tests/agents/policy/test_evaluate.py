@@ -223,7 +223,8 @@ def test_segments_are_read_once(
     append_image = small_bagel.append_image
 
     def keep_tokens(context, ids, mask=None, **options):
-        read.extend(ids[mask].tolist())
+        shown = ids.flatten() if mask is None else ids[mask]
+        read.extend(shown.tolist())
         return append_hidden(context, ids, mask, **options)
 
     def keep_images(context, latent, *inputs, **options):

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from agents.evaluation.accuracy import evaluate
-from agents.policy.prefill import Sources, append_and_predict, keep_logits, read_prompts
+from agents.policy.prefill import Sources, append_and_predict, read_prompts
 
 
 @torch.no_grad()
@@ -114,9 +114,13 @@ def test_logits_after_the_last_token_of_each_row(small_bagel):
     torch.testing.assert_close(found[:, 0], torch.stack([whole[0, 2], whole[1, 0]]))
 
 
-def test_rows_that_read_nothing_keep_their_logits():
-    before = torch.zeros(2, 1, 3)
-    found = torch.ones(2, 1, 3)
+def test_rows_that_read_nothing_keep_their_logits(small_bagel):
+    ids = torch.tensor([[5, 7], [6, 8]])
     mask = torch.tensor([[True, False], [False, False]])
-    assert keep_logits(found, mask, before)[:, 0, 0].tolist() == [1, 0]
-    assert keep_logits(found, mask, None) is found
+    before = torch.randn(2, 1, 64)
+    context = small_bagel.empty_context(2)
+    found, context = append_and_predict(small_bagel, context, ids, mask, None, before)
+    expected, _ = small_bagel.append_text(small_bagel.empty_context(1), ids[:1, :1])
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1], before[1])
+    assert context.position.tolist() == [1, 0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from agents.models.registry import load_model
 from agents.policy.actor import Actor
@@ -15,6 +16,8 @@ from agents.training.supervised import (
     supervised_losses,
 )
 from unigrpo_env.mdp.rules import Phase
+from unigrpo_env.tasks.shapes.editing import EditTask
+from unigrpo_env.tasks.shapes.processor import ShapesProcessor
 from unigrpo_env.tasks.task import Demonstration, Prompt
 from unigrpo_env.variants.variant import make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
@@ -268,3 +271,31 @@ def test_task_without_demonstrations():
     variant = make_variant("text_to_image", task=task)
     with pytest.raises(ValueError, match="expected a task with demonstrations, got Silent"):
         require_demonstrations(variant)
+
+
+def test_sources_get_the_size_that_the_env_gives_them():
+    """And only images that are read are shown to the vision encoder, sources in one call."""
+    seen = []
+
+    class Resizing(ShapesProcessor):
+        pixel_size = (12, 12)
+
+        def fit_source(self, image):
+            return interpolate(image[None], self.image_size)[0]
+
+        def view_images(self, images):
+            seen.append(len(images))
+            return (interpolate(images, self.pixel_size) * 255).byte()
+
+    variant = make_variant("edit", processor=Resizing(), task=EditTask(1), reward=lambda batch: 0)
+    source = torch.rand(3, 48, 30)
+    prompt = Prompt("remove the circle", sources=(source,))
+    demonstrations = [Demonstration(prompt, ("none",), torch.rand(1, 3, 24, 24))] * 2
+    latents = torch.randn(2, 36, 48)
+    found = as_trajectory(variant, demonstrations, latents, torch.rand(2), latents)
+    fitted = variant.processor.fit_source(source)
+    expected = variant.processor.encode_images(fitted[None])[0]
+    assert torch.equal(found.images[1, 0], expected)
+    assert torch.equal(found.pixels[1, 0], variant.processor.view_images(fitted[None])[0])
+    # The sources of both; what was drawn is the last of its episode, and nobody reads it.
+    assert seen == [2, 1]
