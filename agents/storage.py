@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
@@ -21,19 +21,6 @@ CONFIG = "config.json"
 """Name of the settings file in a model's folder."""
 SHOWN_PROBLEMS = 4
 """How many misfits of a weights file an error message names."""
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""What a safetensors file calls the types of its tensors."""
 
 
 def read_tensors(
@@ -56,7 +43,13 @@ def read_tensors(
     """
     tensors = {}
     with _open_tensors(path, device) as file:
-        for name in file.keys() if names is None else names:
+        held = dict.fromkeys(file.keys())
+        for name in held if names is None else names:
+            if name not in held:
+                raise ValueError(
+                    f"{path} does not contain tensor {name}; it is of another model, or the index "
+                    "that names it is of other files: copy them again"
+                )
             tensor = file.get_tensor(name)
             if dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(dtype)
@@ -100,72 +93,37 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Args:
         tensors: they may share memory, and each becomes a tensor of its own in the file.
         path: the file.
-    """
-    layout = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    write_tensor_stream(tensors.items(), layout, path)
-
-
-def write_tensor_stream(
-    tensors: Iterable[tuple[str, Tensor]],
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-    path: Path,
-) -> None:
-    """Write a safetensors file from tensors that are made one at a time.
-
-    Args:
-        tensors: names and tensors, in any order; only one is in use at a time.
-        layout: dtype and shape of each, because the file begins with them.
-        path: the file; it is replaced when the new one is complete.
 
     Raises:
-        ValueError: a tensor is missing, unknown, or differs from its entry in `layout`.
+        OSError: the file cannot be written, for example because the disk is full.
     """
-    header, starts = _make_header(layout)
+    # A tensor that lies whole in CPU memory is not copied. The list keeps those that had to be.
+    kept = []
+    specs = {}
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        kept.append(whole)
+        # `safetensors.torch.save_file` refuses tensors that share memory.
+        specs[name] = TensorSpec(
+            dtype=str(whole.dtype).removeprefix("torch."),
+            shape=whole.shape,
+            data_ptr=whole.data_ptr(),
+            data_len=whole.nbytes,
+        )
     part = _part_of(path)
-    missing = set(layout)
     try:
-        with part.open("wb") as file:
-            file.write(header)
-            for name, tensor in tensors:
-                found = (tensor.dtype, tuple(tensor.shape))
-                expected = layout.get(name)
-                if expected is None or found != (expected[0], tuple(expected[1])):
-                    raise ValueError(f"{path}: {name}: expected {expected}, got {found}")
-                file.seek(len(header) + starts[name])
-                file.write(_bytes_of(tensor))
-                missing.discard(name)
-        if missing:
-            raise ValueError(f"{path}: expected {len(missing)} more tensors: {sorted(missing)[:4]}")
+        part.touch()
+        mode = part.stat().st_mode
+        serialize_file(specs, part)
+        # The library leaves a file that its owner alone may read.
+        part.chmod(mode)
         # A move within a folder is atomic.
         part.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error})") from error
     finally:
         # Weights are large: what could not be finished does not stay.
         part.unlink(missing_ok=True)
-
-
-def _make_header(
-    layout: Mapping[str, tuple[torch.dtype, Sequence[int]]],
-) -> tuple[bytes, dict[str, int]]:
-    """Make the first bytes of a safetensors file, and find the place of each tensor behind them."""
-    fields = {}
-    starts = {}
-    end = 0
-    # Wide types first: so each tensor starts at a multiple of its own width.
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
-        starts[name] = end
-        end += dtype.itemsize * torch.Size(shape).numel()
-        offsets = [starts[name], end]
-        fields[name] = {"dtype": DTYPE_NAMES[dtype], "shape": [*shape], "data_offsets": offsets}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    # Spaces up to a multiple of eight bytes.
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, starts
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Give the values of a tensor as bytes, without a copy where it lies whole in CPU memory."""
-    # NumPy knows no bfloat16, so the bytes are handed over as such.
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def write_json(value: Any, path: Path) -> None:

@@ -90,12 +90,7 @@ class GruModel(UnifiedModel[GruContext]):
         return GruContext(self.head.weight.new_zeros(batch_size, self.config.hidden_size))
 
     def append_text(
-        self,
-        context: GruContext,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        *,
-        last_only: bool = False,
+        self, context: GruContext, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, GruContext]:
         if mask is None:
             mask = torch.ones_like(ids, dtype=torch.bool)
@@ -106,9 +101,8 @@ class GruModel(UnifiedModel[GruContext]):
             # Padding leaves no trace.
             hidden = torch.where(mask[:, column, None], new, hidden)
             states.append(hidden)
-        # [N, 1, H] or [N, T, H]
-        read = hidden[:, None] if last_only else torch.stack(states, 1)
-        return self.head(read), GruContext(hidden)
+        # [N, T, H] -> [N, T, V]
+        return self.head(torch.stack(states, 1)), GruContext(hidden)
 
     def predict_velocity(self, context: GruContext, x: Tensor, t: Tensor) -> Tensor:
         seen = torch.cat([context.hidden, x.flatten(1), t[:, None]], 1)

@@ -37,6 +37,12 @@ class SeenShapesProcessor(ShapesProcessor):
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Reports without their curves, which take matplotlib a second."""
+    monkeypatch.setattr("agents.reporting.html_report.draw_curves", lambda *given: "")
+
+
+@pytest.fixture
 def small_bagel() -> Bagel:
     """A small random model of the shapes world; its velocity head is not zero."""
     config = BagelConfig(

@@ -121,30 +121,43 @@ def run_python(*arguments, folder=ROOT):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES_WITH_CODE)
-def test_every_block_runs(page, tmp_path):
+def test_every_block_runs(tmp_path):
     """Each block is a file of its own; where there is a contract, pytest finds it fulfilled."""
-    blocks = python_blocks(page)
-    assert blocks
     scripts = []
-    for number, code in enumerate(blocks):
-        for text, replacement in TINY_RELEASE.items():
-            code = code.replace(text, replacement)
-        path = tmp_path / f"block_{number}.py"
-        path.write_text(code)
-        if "VariantContract" in code:
-            assert "passed" in run_python("-m", "pytest", "-q", path.name, folder=tmp_path)
-        else:
-            scripts.append(path.name)
-    # One process, because each would import torch anew; every file has its own names.
+    contracts = []
+    for page in PAGES_WITH_CODE:
+        blocks = python_blocks(page)
+        assert blocks, page
+        for number, code in enumerate(blocks):
+            for text, replacement in TINY_RELEASE.items():
+                code = code.replace(text, replacement)
+            path = tmp_path / f"{Path(page).stem.lower()}_{number}.py"
+            path.write_text(code)
+            if "VariantContract" in code:
+                contracts.append(path.name)
+            else:
+                scripts.append(path.name)
+    # One process for all, because each would import torch anew; every file has its own names.
     run_python("-c", f"import runpy; [runpy.run_path(path) for path in {scripts}]", folder=tmp_path)
+    # As users call it: with none of the options of this repository.
+    printed = run_python("-m", "pytest", "-q", "-rp", *contracts, folder=tmp_path)
+    for name in contracts:
+        assert f"PASSED {name}::" in printed, "a file without tests would be no error"
 
 
 @pytest.mark.slow
 def test_tutorial_is_known_everywhere(tmp_path):
-    """Gymnasium, the vector env and the command line know the scenario of the tutorial."""
+    """The command line, Gymnasium and the vector env know the scenario of the tutorial."""
     (tmp_path / "repaint.py").write_text(python_blocks("docs/variants.md")[0])
-    code = """
+    words = ["evaluate", "--import", "repaint", "env.variant=repaint", "evaluation.prompts=2"]
+    words += ["evaluation.image_steps=2", "trainer.threads=1"]
+    code = f"""
+import sys
+from agents.cli import main
+
+assert main({words}) == 0
+assert "repaint" in sys.modules, "the command line has imported it"
+
 import gymnasium
 import repaint
 import unigrpo_env
@@ -154,8 +167,6 @@ gymnasium.make("unigrpo/TextToImage-v0", variant="repaint").reset(seed=0)
 InterleavedGenVectorEnv("repaint", 4).reset(seed=0)
 """
     run_python("-c", code, folder=tmp_path)
-    words = ["--import", "repaint", "env.variant=repaint", "evaluation.prompts=4"]
-    run_python("-m", "agents.cli", "evaluate", *words, "trainer.threads=1", folder=tmp_path)
 
 
 def test_tutorial_is_short():

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
     from rich.console import Console
 
-    from agents.models.lora import merged_tensors
+    from agents.models.lora import base_tensors, merge_adapters
     from agents.models.registry import load_model
     from agents.training.build import import_modules
 
@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     folder = find_adapters(Path(args.adapters))
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model = load_model(str(folder), dtype=dtype)
-    model.write_weights(out, merged_tensors(model))
+    merge_adapters(model)
+    model.write_weights(out, base_tensors(model))
     for name, place in (("adapters", folder), ("model", out)):
         console.print(f"{name:>8}  {place}", highlight=False, soft_wrap=True)
 

@@ -82,17 +82,38 @@ def load_adapters(model: UnifiedModel[Any], folder: str | Path) -> None:
             "not supported"
         )
     alphas = {name: _saved_alpha(fields, name, rank) for name, rank in ranks.items()}
+    source = f"{folder}, adapters of {fields.get('base_model_name_or_path')!r},"
+    fill_adapters(model, tensors, alphas, source)
+
+
+def fill_adapters(
+    model: UnifiedModel[Any],
+    tensors: Mapping[str, Tensor],
+    alphas: Mapping[str, float],
+    source: str,
+) -> None:
+    """Fill the model's adapters; a model without adapters gets them first.
+
+    Args:
+        model: it is unchanged if they do not fit.
+        tensors: under the names that `adapter_weights` gives.
+        alphas: by the name of the layer.
+        source: what they are, for an error message.
+
+    Raises:
+        ValueError: they do not fit; the first few misfits are named.
+    """
+    ranks = _saved_ranks(tensors)
     if has_adapters(model):
         expected = {name: tuple(weight.shape) for name, weight in adapter_weights(model).items()}
     else:
         expected = _expected_shapes(model, ranks)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    source = f"{folder}, adapters of {fields.get('base_model_name_or_path')!r},"
     check_expected_shapes(expected, found, source, f"this {type(model).__name__}")
     if has_adapters(model):
         _check_alphas(model, alphas, source)
     else:
-        inject(model, ranks, alphas, seed=0)
+        inject(model, ranks, dict(alphas), seed=0)
     with torch.no_grad():
         for name, weight in adapter_weights(model).items():
             weight.copy_(tensors[name])

@@ -10,24 +10,21 @@ v = dx/dt = noise - image; latents are tokens `[N, L, C]` in float32.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from agents.models.config_files import read_model_config, write_model_config
 from agents.models.context import Context
 from agents.storage import (
-    CONFIG,
     WEIGHTS,
     load_weights,
-    read_config,
     read_tensors,
-    write_json,
-    write_tensor_stream,
+    write_tensors,
 )
 
 if TYPE_CHECKING:
@@ -70,6 +67,11 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
     @abstractmethod
     def latent_shape(self) -> tuple[int, int]:
         """Latent tokens L of an image, and values C of each."""
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether the model reads images, so that `append_image` can be called."""
+        return type(self).append_image is not UnifiedModel.append_image
 
     @property
     def processor(self) -> Processor:
@@ -147,7 +149,7 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
 
     @abstractmethod
     def append_text(
-        self, context: ContextT, ids: Tensor, mask: Tensor | None = None, *, last_only: bool = False
+        self, context: ContextT, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, ContextT]:
         """Read text after `context`.
 
@@ -156,13 +158,10 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             ids: `[N, T]` int64.
             mask: `[N, T]` bool, False where a position is padding; padding leaves no trace in the
                 context.
-            last_only: compute the logits of each row's last unmasked position alone (of position 0
-                in a row without one).
 
         Returns:
-            Logits of the next token, `[N, T, V]` (`[N, 1, V]` with `last_only`), and the grown
-            context. Without gradient a model may grow the given context in place: use the returned
-            one.
+            Logits of the next token, `[N, T, V]`, and the grown context. Without gradient a model
+            may grow the given context in place: use the returned one.
         """
 
     def append_hidden(
@@ -246,6 +245,12 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             f"{type(self).__name__} reads no images; use a model whose class defines append_image"
         )
 
+    def prepare_velocity(self, context: ContextT) -> None:
+        """Do what all velocities after a context share, before its rows are drawn in parts.
+
+        A hint that a model may ignore.
+        """
+
     @abstractmethod
     def predict_velocity(self, context: ContextT, x: Tensor, t: Tensor) -> Tensor:
         """Predict v(x_t, t) of the image that is drawn after `context`.
@@ -317,7 +322,7 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
 
         folder = Path(folder)
         if self.adapted_layers is None:
-            self.write_weights(folder, self.state_dict().items())
+            self.write_weights(folder, self.state_dict())
         else:
             save_adapters(self, folder)
         return folder
@@ -343,22 +348,16 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
         else:
             load_weights(self, self.read_weights(folder), str(folder))
 
-    def write_weights(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    def write_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write config and whole weights; a model with a layout of its own overrides this.
 
         Args:
             folder: made if it is missing.
-            tensors: names as without adapters, and tensors; only one is in use at a time.
+            tensors: by their names without adapters.
         """
-        from agents.models.lora import base_tensors
-
         folder.mkdir(parents=True, exist_ok=True)
-        own = base_tensors(self)
-        layout = {name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}
-        write_tensor_stream(tensors, layout, folder / WEIGHTS)
-        # The name of the class comes first: `load_model` finds the class by it.
-        fields = {"model": type(self).__name__, **dataclasses.asdict(self.config)}
-        write_json(fields, folder / CONFIG)
+        write_tensors(tensors, folder / WEIGHTS)
+        write_model_config(self, folder)
 
     def read_weights(self, folder: Path) -> dict[str, Tensor]:
         """Read what `write_weights` wrote, under the same names.
@@ -380,17 +379,6 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
                 or unknown keys, or the weights do not fit it.
         """
         folder = Path(folder)
-        fields = read_config(folder)
-        name = fields.pop("model", cls.__name__)
-        known = {field.name for field in dataclasses.fields(cls.config_class)}
-        unknown = sorted(fields.keys() - known)
-        # A missing key is refused too: a default that changes later would change the model.
-        missing = sorted(known - fields.keys())
-        if name != cls.__name__ or unknown or missing:
-            raise ValueError(
-                f"{folder / CONFIG} describes {name!r} with unknown keys {unknown}, missing keys "
-                f"{missing}; expected the whole config of a {cls.__name__}"
-            )
-        model = cls(cls.config_class(**fields))
+        model = cls(read_model_config(cls, folder))
         load_weights(model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         return model

@@ -6,15 +6,15 @@ without. All other weights are frozen and stay as they are. So the same model, w
 switched off, is the reference of the penalties, and no copy of it is needed.
 
 A layer with an adapter holds its own weights under `<layer>.base_layer`. Files hold adapters alone,
-see `adapter_files`, or whole weights under their original names, see `merged_tensors`.
+see `adapter_files`, or whole weights under their original names, see `merge_adapters`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -205,23 +205,14 @@ def saved_names(layer: str) -> tuple[str, str]:
     return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
 
 
-def adapters_off(model: UnifiedModel[Any]) -> AbstractContextManager[None]:
-    """Let the model compute without its adapters in a `with` block.
-
-    Blocks may be nested. A model without adapters stays as it is.
-
-    Args:
-        model: changed in place, and changed back when the block ends, with an error too.
-    """
-    return switched_off(list(lora_layers(model).values()))
-
-
 @contextmanager
-def switched_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
-    """Switch adapters off in a `with` block, see `adapters_off`.
+def switched_off(layers: Iterable[LoraLayer]) -> Iterator[None]:
+    """Let a model compute without its adapters in a `with` block.
+
+    Blocks may be nested. Adapters are on again when the block ends, with an error too.
 
     Args:
-        layers: all that `lora_layers` gives.
+        layers: all that `lora_layers` gives; to look for them takes as long as a small forward.
     """
     changed = [layer for layer in layers if not layer.disable_adapters]
     _set_disabled(changed, True)
@@ -255,20 +246,15 @@ def base_tensors(model: UnifiedModel[Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def merged_tensors(model: UnifiedModel[Any]) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model without adapters that computes the same, one at a time.
+@torch.no_grad()
+def merge_adapters(model: UnifiedModel[Any]) -> None:
+    """Add what the adapters compute to the weights of their layers, in place.
+
+    Afterwards `base_tensors` are the weights of a model without adapters that computes the same.
+    Sums are computed in float32, and rounded once to the dtype of the weights.
 
     Args:
-        model: with adapters or without; it stays as it is.
-
-    Yields:
-        Original names, and tensors of the base weights' dtypes. Sums are computed in float32.
+        model: with adapters or without.
     """
-    adapted = lora_layers(model)
-    for name, tensor in base_tensors(model).items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "weight" and layer in adapted:
-            # [out, in] float32
-            delta = cast(Any, adapted[layer]).get_delta_weight(ADAPTER).detach()
-            tensor = (tensor.float() + delta).to(tensor.dtype)
-        yield name, tensor
+    for layer in lora_layers(model).values():
+        cast(Any, layer).merge()

@@ -12,21 +12,10 @@ from torch import Tensor, nn
 
 from agents.models.base import UnifiedModel
 from agents.models.lora import base_tensors, lora_layers, switched_off
+from agents.models.wrapping import of_the_model
 
 if TYPE_CHECKING:
     from unigrpo_env.processor import Processor
-
-
-def _of_the_model(name: str) -> Any:
-    """An attribute that is always the model's."""
-
-    def _get(view: AdaptersOff) -> Any:
-        return getattr(view.model, name)
-
-    def _set(view: AdaptersOff, value: Any) -> None:
-        setattr(view.model, name, value)
-
-    return property(_get, _set)
 
 
 class AdaptersOff(UnifiedModel[Any]):
@@ -40,13 +29,14 @@ class AdaptersOff(UnifiedModel[Any]):
     """
 
     model: UnifiedModel[Any]
-    config = _of_the_model("config")
-    source = _of_the_model("source")
-    device = _of_the_model("device")
-    vocab_size = _of_the_model("vocab_size")
-    latent_shape = _of_the_model("latent_shape")
-    checkpointing = _of_the_model("checkpointing")
-    max_rows = _of_the_model("max_rows")
+    config = of_the_model("config")
+    source = of_the_model("source")
+    device = of_the_model("device")
+    vocab_size = of_the_model("vocab_size")
+    latent_shape = of_the_model("latent_shape")
+    reads_images = of_the_model("reads_images")
+    checkpointing = of_the_model("checkpointing")
+    max_rows = of_the_model("max_rows")
 
     def __init__(self, model: UnifiedModel[Any]) -> None:
         super().__init__()
@@ -71,11 +61,11 @@ class AdaptersOff(UnifiedModel[Any]):
             return model.empty_context(batch_size)
 
     def append_text(
-        self, context: Any, ids: Tensor, mask: Tensor | None = None, *, last_only: bool = False
+        self, context: Any, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """See `UnifiedModel`."""
         with self._model_alone() as model:
-            return model.append_text(context, ids, mask, last_only=last_only)
+            return model.append_text(context, ids, mask)
 
     def append_hidden(
         self,
@@ -116,6 +106,11 @@ class AdaptersOff(UnifiedModel[Any]):
         with self._model_alone() as model:
             return model.append_image(context, latent, pixels, mask, with_grad=with_grad)
 
+    def prepare_velocity(self, context: Any) -> None:
+        """See `UnifiedModel`."""
+        with self._model_alone() as model:
+            model.prepare_velocity(context)
+
     def predict_velocity(self, context: Any, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`."""
         with self._model_alone() as model:
@@ -128,5 +123,5 @@ class AdaptersOff(UnifiedModel[Any]):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the model without its adapters; returns the folder."""
         folder = Path(folder)
-        self.model.write_weights(folder, base_tensors(self.model).items())
+        self.model.write_weights(folder, base_tensors(self.model))
         return folder

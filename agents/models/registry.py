@@ -28,12 +28,14 @@ MODELS: Registry[ModelFactory] = Registry("model", entry_point_group="unigrpo.mo
 # seconds to import.
 MODELS.add("tiny", "agents.models.bagel.tiny_config:load_tiny")
 MODELS.add("toy", "agents.models.toy:ToyModel")
+MODELS.add("thinker_painter", "agents.models.thinker_painter.loading:load_thinker_painter")
 
 MODEL_CLASSES: Registry[type[UnifiedModel[Any]]] = Registry(
     "model class", entry_point_group="unigrpo.model_classes"
 )
 """Classes by the name that `save_pretrained` wrote; a class of your own must be added here."""
 MODEL_CLASSES.add("Bagel", "agents.models.bagel.model:Bagel")
+MODEL_CLASSES.add("ThinkerPainter", "agents.models.thinker_painter.model:ThinkerPainter")
 MODEL_CLASSES.add("ToyModel", "agents.models.toy:ToyModel")
 
 FactoryT = TypeVar("FactoryT", bound=ModelFactory)
@@ -75,7 +77,8 @@ def load_model(name: str, **options: Any) -> UnifiedModel[Any]:
             out.
 
     Returns:
-        The model; its `source` is the name, with adapters that of the model they belong to.
+        The model; its `source` is the name or the absolute path, see `source_of`, with adapters
+        that of the model they belong to.
 
     Raises:
         ValueError: it is neither a name nor a folder, or a folder that is damaged or holds the
@@ -107,6 +110,15 @@ def load_model(name: str, **options: Any) -> UnifiedModel[Any]:
     return _make(factory, name, given)
 
 
+def source_of(name: str) -> str:
+    """What is written down of a model's name: a path is made absolute, to be found from anywhere.
+
+    Args:
+        name: as `load_model` takes it.
+    """
+    return name if name in MODELS else str(Path(name).absolute())
+
+
 def _make(factory: ModelFactory, name: str, options: dict[str, Any]) -> UnifiedModel[Any]:
     """Call a function that makes a model, with those options that it takes."""
     taken = inspect.signature(factory).parameters
@@ -122,7 +134,7 @@ def _make(factory: ModelFactory, name: str, options: dict[str, Any]) -> UnifiedM
         model.cast_weights(options["dtype"])
     if "device" in options and "device" not in taken:
         model.to(options["device"])
-    model.source = name
+    model.source = source_of(name)
     return model
 
 

@@ -127,12 +127,7 @@ class ToyModel(UnifiedModel[ToyContext]):
         return ToyContext(nothing, nothing)
 
     def append_text(
-        self,
-        context: ToyContext,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        *,
-        last_only: bool = False,
+        self, context: ToyContext, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, ToyContext]:
         """See `UnifiedModel`."""
         if mask is None:
@@ -151,12 +146,8 @@ class ToyModel(UnifiedModel[ToyContext]):
             last = torch.where(counts, token, last)
             words.append(word)
             lasts.append(last)
-        if last_only:
-            # [N, V] -> [N, 1, V]; padding has left the state as it was at the last unmasked token.
-            logits = self.words[word, last].unsqueeze(1)
-        else:
-            # [N, T, V]
-            logits = self.words[torch.stack(words, 1), torch.stack(lasts, 1)]
+        # [N, T, V]
+        logits = self.words[torch.stack(words, 1), torch.stack(lasts, 1)]
         return logits, ToyContext(word, last)
 
     def predict_velocity(self, context: ToyContext, x: Tensor, t: Tensor) -> Tensor:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from agents.models.base import Context, UnifiedModel
+from agents.models.recompute import run_again_in_backward
 
 FREE_SHARE = 0.8
 """Share of a device's free memory that a forward may take; the rest is left to fragmentation."""
-
-ResultT = TypeVar("ResultT")
 
 
 def predict_velocity(
@@ -41,6 +38,9 @@ def predict_velocity(
         if repeats > 1:
             context = context.repeat_interleave(repeats)
         return model.predict_velocity(context, x, t)
+
+    # Here, because a part may run again in the backward pass.
+    model.prepare_velocity(context)
 
     def _predict(rows: Tensor) -> Tensor:
         # Of the context as it is: so no copy of it is repeated for all latents at once.
@@ -85,19 +85,3 @@ def _free_memory(device: torch.device) -> int:
     # Torch keeps what it once took, also where no tensor lies in it any more.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return free + unused
-
-
-def run_again_in_backward(
-    function: Callable[..., ResultT], *arguments: Any, active: bool = True
-) -> ResultT:
-    """Call a function that keeps no activations, but runs again in the backward pass.
-
-    Args:
-        function: takes tensors and gives some; it draws no random numbers.
-        arguments: of the function.
-        active: False for a plain call. Without gradient a call is always plain.
-    """
-    if not (active and torch.is_grad_enabled()):
-        return function(*arguments)
-    # Random states are not kept: that would wait for the device.
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

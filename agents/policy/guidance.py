@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.base import Context, UnifiedModel
+from agents.models.wrapping import of_the_model
 from unigrpo_env.mdp.rules import Role
 from unigrpo_env.processor import Processor
 
@@ -122,6 +123,13 @@ class GuidedContext:
         """Rows."""
         return self.full.batch_size
 
+    def branches(self) -> list[Context]:
+        """Its parts."""
+        parts = [self.full, self.without_text]
+        if self.without_image is not None:
+            parts.append(self.without_image)
+        return parts
+
     def _map(self, change: Callable[[Any], Any]) -> GuidedContext:
         without_image = self.without_image
         if without_image is not None:
@@ -152,28 +160,18 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         guidance: with a text scale above 1.
     """
 
+    device = of_the_model("device")
+    vocab_size = of_the_model("vocab_size")
+    latent_shape = of_the_model("latent_shape")
+    reads_images = of_the_model("reads_images")
+    checkpointing = of_the_model("checkpointing")
+    # All branches of a row are computed one after the other, so one row takes no more memory.
+    max_rows = of_the_model("max_rows")
+
     def __init__(self, model: UnifiedModel[Any], guidance: Guidance) -> None:
         super().__init__()
         self.model = model
         self.guidance = guidance
-        # All branches of a row are computed one after the other, so one row takes no more memory.
-        self.max_rows = model.max_rows
-        self.checkpointing = model.checkpointing
-
-    @property
-    def vocab_size(self) -> int:
-        """The model's."""
-        return self.model.vocab_size
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """The model's."""
-        return self.model.latent_shape
-
-    @property
-    def device(self) -> torch.device:
-        """The model's."""
-        return self.model.device
 
     def _find_processor(self) -> Processor | None:
         return self.model._find_processor()
@@ -190,15 +188,10 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         )
 
     def append_text(
-        self,
-        context: GuidedContext,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        *,
-        last_only: bool = False,
+        self, context: GuidedContext, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, GuidedContext]:
         """See `UnifiedModel`. The text counts as the user's; `append_hidden` takes roles."""
-        logits, full = self.model.append_text(context.full, ids, mask, last_only=last_only)
+        logits, full = self.model.append_text(context.full, ids, mask)
         return logits, self._append_to_branches(replace(context, full=full), ids, mask, None)
 
     def append_hidden(
@@ -262,10 +255,12 @@ class GuidedModel(UnifiedModel[GuidedContext]):
 
     def velocity_bytes(self, context: GuidedContext) -> int:
         """The model's for all branches: with gradient all of them are held at once."""
-        parts = [context.full, context.without_text]
-        if context.without_image is not None:
-            parts.append(context.without_image)
-        return sum(self.model.velocity_bytes(part) for part in parts)
+        return sum(self.model.velocity_bytes(part) for part in context.branches())
+
+    def prepare_velocity(self, context: GuidedContext) -> None:
+        """See `UnifiedModel`."""
+        for part in context.branches():
+            self.model.prepare_velocity(part)
 
     def predict_velocity(self, context: GuidedContext, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`; guided, see `Guidance`."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agents.models.pixels import scale_pixels
+
 
 @dataclass(frozen=True)
 class TextSegment:
@@ -156,4 +158,4 @@ def image_inputs(latents: Tensor, pixels: Tensor) -> tuple[Tensor | None, Tensor
         latent = latents
     if pixels.shape[-1] == 0:
         return latent, None
-    return latent, pixels.float() / 127.5 - 1
+    return latent, scale_pixels(pixels)

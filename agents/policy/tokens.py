@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from agents.policy.chunks import run_again_in_backward
+from agents.models.recompute import run_again_in_backward
 
 LOGITS_AT_ONCE = 2**24
 """Logits that are held at a time where a long text is evaluated; as float32 they take 64 MiB."""

@@ -52,12 +52,6 @@ def outputs_of(model: UnifiedModel[Any]) -> tuple[Tensor, Tensor]:
     return logits[mask], velocity
 
 
-def reads_images(model: UnifiedModel[Any]) -> bool:
-    """Whether a model defines `append_image`."""
-    # A model that reads no images inherits the method, which raises.
-    return type(model).append_image is not UnifiedModel.append_image
-
-
 def trainable_weights(model: UnifiedModel[Any]) -> dict[str, nn.Parameter]:
     """The parameters that need a gradient, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

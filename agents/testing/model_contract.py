@@ -18,7 +18,6 @@ from agents.testing.inputs import (
     gradients_of,
     outputs_of,
     reached_weights,
-    reads_images,
     trainable_weights,
     weighted_sum,
 )
@@ -76,20 +75,6 @@ class ModelContract:
                 logits, context = model.append_text(context, ids[:, position : position + 1])
                 self._assert_close(logits[:, 0], expected[:, position])
             self._assert_close(model.predict_velocity(context, x, t), expected_velocity)
-
-    def test_last_only_is_last_logits(self) -> None:
-        """`last_only` gives the logits of each row's last unmasked position."""
-        model = self.make_model()
-        ids, mask = Inputs(model).ragged()
-        for with_grad in (False, True):
-            with torch.set_grad_enabled(with_grad):
-                every, _ = model.append_text(model.empty_context(len(ids)), ids, mask)
-                last, _ = model.append_text(
-                    model.empty_context(len(ids)), ids, mask, last_only=True
-                )
-            assert last.shape == (len(ids), 1, model.vocab_size)
-            for row, length in enumerate(LENGTHS):
-                self._assert_close(last[row, 0], every[row, length - 1])
 
     def test_hidden_states_give_the_logits(self) -> None:
         """`compute_logits` makes the logits of `append_text` of what `append_hidden` gives."""
@@ -170,10 +155,7 @@ class ModelContract:
         self._assert_close(logits, expected_logits)
         expected = gradients_of(model, weighted_sum(model.append_text(without, more)[0]))
         found = gradients_of(model, weighted_sum(model.append_text(context.detach(), more)[0]))
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            # Gradients add up over positions, so they may differ more than outputs.
-            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+        self._assert_same_gradients(found, expected)
 
     def test_velocity_leaves_the_context(self) -> None:
         """`predict_velocity` does not change the context, so its result can be computed again."""
@@ -224,9 +206,7 @@ class ModelContract:
         self._assert_close(same_logits, logits)
         self._assert_close(same_velocity, velocity)
         found = gradients_of(model, weighted_sum(same_logits) + weighted_sum(same_velocity))
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)
+        self._assert_same_gradients(found, expected)
 
     def test_bfloat16_is_close(self) -> None:
         """With weights in bfloat16 outputs are finite and close, and velocities in float32."""
@@ -305,7 +285,7 @@ class ModelContract:
     def test_image_mask_leaves_other_rows(self) -> None:
         """Rows outside the mask of `append_image` stay as if there was no image."""
         model = self.make_model()
-        if not reads_images(model):
+        if not model.reads_images:
             return
         inputs = Inputs(model)
         ids = inputs.ids(2, 3)
@@ -329,7 +309,7 @@ class ModelContract:
     def test_image_without_gradient(self) -> None:
         """`with_grad=False` changes no number, and the image's own part has no gradient."""
         model = self.make_model()
-        if not reads_images(model):
+        if not model.reads_images:
             return
         inputs = Inputs(model)
         ids = inputs.ids(2, 3)
@@ -349,7 +329,7 @@ class ModelContract:
     def test_text_before_an_image_keeps_its_gradient(self) -> None:
         """`with_grad=False` leaves the gradient of what was in the context before."""
         model = self.make_model()
-        if not reads_images(model):
+        if not model.reads_images:
             return
         inputs = Inputs(model)
         ids = inputs.ids(2, 3)
@@ -391,3 +371,9 @@ class ModelContract:
 
     def _assert_close(self, found: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(found, expected, atol=self.tolerance, rtol=0)
+
+    def _assert_same_gradients(self, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        assert found.keys() == expected.keys()
+        for name, gradient in found.items():
+            # Gradients add up over positions, so they may differ more than outputs.
+            torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3)

@@ -21,7 +21,7 @@ from agents.config.schema import (
 from agents.models.adapter_files import ADAPTER_CONFIG
 from agents.models.base import UnifiedModel
 from agents.models.lora import ADAPTER, add_adapters
-from agents.models.registry import MODELS, load_model
+from agents.models.registry import MODELS, load_model, source_of
 from agents.policy.actor import Actor
 from agents.policy.guidance import Guidance
 from agents.policy.sde import Window
@@ -120,12 +120,16 @@ def read_saved_model(folder: Path, settings: ModelSettings) -> UnifiedModel[Any]
         ValueError: the settings name another model than the one that the adapters belong to.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
-        return read_model(str(folder), settings)
+        model = read_model(str(folder), settings)
+        # The checkpoint may be dropped while the run goes on. What it began with stays.
+        if Path(settings.name).is_dir():
+            model.source = source_of(settings.name)
+        return model
     source = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     model = read_model(settings.name, settings)
     # A base that is no longer there was moved, and the settings say where to.
     was_moved = source is not None and source not in MODELS and not Path(source).is_dir()
-    if source is None or (source != model.source and not was_moved):
+    if source is None or (source_of(source) != model.source and not was_moved):
         raise ValueError(
             f"expected the model {source!r}, to which the adapters in {folder} belong, got "
             f"model.name={settings.name!r}; name that model, or give the trainer's own as `model`"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,7 +17,6 @@ from agents.storage import (
     read_shapes,
     read_tensors,
     write_json,
-    write_tensor_stream,
     write_tensors,
 )
 
@@ -78,36 +78,23 @@ def test_writing_copies_nothing(tmp_path, monkeypatch):
     assert torch.equal(found["part"], torch.tensor([2.0, 3.0]))
 
 
-def stream(*names, shape=2, dtype=torch.float32):
-    for name in names:
-        yield name, torch.zeros(shape, dtype=dtype)
+def test_file_can_be_read_by_the_group(tmp_path):
+    write_tensors(ALL_KINDS, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_stream_in_any_order(tmp_path):
-    path = tmp_path / "a.safetensors"
-    layout = {"a": (torch.float32, (2,)), "b": (torch.float32, (3,))}
-    pairs = [("b", torch.tensor([1.0, 2.0, 3.0])), ("a", torch.tensor([4.0, 5.0]))]
-    write_tensor_stream(iter(pairs), layout, path)
-    found = read_tensors(path)
-    assert all(torch.equal(found[name], tensor) for name, tensor in pairs)
-
-
-@pytest.mark.parametrize(
-    ("pairs", "message"),
-    [
-        (stream("a"), r"expected 1 more tensors: \['b'\]"),
-        (stream("a", "c"), "c: expected None"),
-        (stream("a", "b", shape=3), r"a: expected .*\(2,\).*, got .*\(3,\)"),
-        (stream("a", "b", dtype=torch.float16), "a: expected .*float32.*, got .*float16"),
-    ],
-)
-def test_stream_that_is_not_the_layout(tmp_path, pairs, message):
+def test_failed_write_of_tensors_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     path.write_text("old")
-    layout = {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
-    with pytest.raises(ValueError, match=message):
-        write_tensor_stream(pairs, layout, path)
-    # The old file stays, and no half of a new one.
+
+    def full(specs, part):
+        part.write_text("half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("agents.storage.serialize_file", full)
+    with pytest.raises(OSError, match=r"a\.safetensors could not be written .*No space left"):
+        write_tensors(ALL_KINDS, path)
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
     assert path.read_text() == "old"
 

@@ -69,8 +69,8 @@ def _without_processor(model):
 class ReadsPadding(ToyModel):
     """Reads padding as if it were text."""
 
-    def append_text(self, context, ids, mask=None, *, last_only=False):
-        return super().append_text(context, ids, None, last_only=last_only)
+    def append_text(self, context, ids, mask=None):
+        return super().append_text(context, ids, None)
 
 
 class UnlistedWeights(ToyModel):

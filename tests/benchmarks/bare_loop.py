@@ -91,10 +91,7 @@ class Bare:
     def _write(self, tokens: Tensor, log_prob: Tensor, text_mask: Tensor) -> Context:
         model = self.model
         n = self.rows
-        empty = model.empty_context(self.groups)
-        logits, context = model.append_text(empty, self.ids, self.mask, last_only=True)
-        logits = logits[self.group]
-        context = context.select(self.group)
+        logits, context = self._read_prompts(model)
         open_rows = torch.ones(n, dtype=torch.bool)
         for k in range(self.budget + 1):
             log_probs = logits[:, 0].masked_fill(~self.legal, -torch.inf).log_softmax(-1)
@@ -111,14 +108,20 @@ class Bare:
                 break
             # As the actor: a token is read when the next is wanted, and the opening token when the
             # image begins.
-            logits, context = model.append_text(
-                context, token[:, None], still[:, None], last_only=True
-            )
+            logits, context = model.append_text(context, token[:, None], still[:, None])
             open_rows = still
         opening = torch.full((n, 1), OPEN_IMAGE)
         every = torch.ones(n, 1, dtype=torch.bool)
-        _, context = model.append_text(context, opening, every, last_only=True)
+        _, context = model.append_text(context, opening, every)
         return context
+
+    def _read_prompts(self, model: UnifiedModel[Any]) -> tuple[Tensor, Context]:
+        """Logits of the first token of each episode `[N, 1, V]`, and the context before it."""
+        empty = model.empty_context(self.groups)
+        hidden, context = model.append_hidden(empty, self.ids, self.mask)
+        last = self.mask.sum(1) - 1
+        logits = model.compute_logits(hidden[torch.arange(self.groups), last, None])
+        return logits[self.group], context.select(self.group)
 
     def _draw(self, context: Context, latents: Tensor, means: Tensor, times: Tensor) -> Tensor:
         n = self.rows
@@ -164,13 +167,10 @@ class Bare:
 
     def forward(self, model: UnifiedModel[Any], episodes: BareEpisodes) -> tuple[Tensor, Tensor]:
         longest = int(episodes.text_mask.sum(1).max())
-        empty = model.empty_context(self.groups)
-        logits, context = model.append_text(empty, self.ids, self.mask, last_only=True)
+        logits, context = self._read_prompts(model)
         tokens = episodes.tokens[:, :longest]
-        later, context = model.append_text(
-            context.select(self.group), tokens, episodes.text_mask[:, :longest]
-        )
-        logits = torch.cat([logits[self.group], later[:, :-1]], 1)
+        later, context = model.append_text(context, tokens, episodes.text_mask[:, :longest])
+        logits = torch.cat([logits, later[:, :-1]], 1)
         log_probs = logits.masked_fill(~self.legal, -torch.inf).log_softmax(-1)
         chosen = log_probs.gather(2, tokens[..., None])[..., 0]
         log_prob = F.pad(chosen, (0, self.budget + 1 - longest))

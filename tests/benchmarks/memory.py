@@ -32,7 +32,7 @@ from agents.models.bagel.model import Bagel
 from agents.models.registry import load_model
 from agents.policy.actor import Actor, Decision
 from agents.policy.tokens import LOGITS_AT_ONCE
-from agents.storage import write_json, write_tensor_stream
+from agents.storage import write_json, write_tensors
 from agents.training.trainer import Trainer
 from agents.trajectory import Trajectory
 
@@ -265,7 +265,7 @@ def measure_apart(name: str, folder: Path, *rows: int) -> Figure:
 
 
 def write_folder(folder: Path) -> None:
-    """A folder like the release's, with random weights in bfloat16, written one by one."""
+    """A folder like the release's, with random weights in bfloat16."""
     shutil.copytree(RELEASE, folder, dirs_exist_ok=True)
     sizes = json.loads((RELEASE / "llm_config.json").read_text())
     write_json({**sizes, **SIZES}, folder / "llm_config.json")
@@ -274,13 +274,10 @@ def write_folder(folder: Path) -> None:
         (folder / f"{run}.txt").write_text(f"{prompt}\n{prompt} too\n")
     with torch.device("meta"):
         model = Bagel(BagelConfig(**SIZES, max_latent_size=PIXELS // 16))
-    layout = {name: (torch.bfloat16, weight.shape) for name, weight in model.named_parameters()}
-
-    def _random() -> Iterator[tuple[str, Tensor]]:
-        for name, (dtype, shape) in layout.items():
-            yield name, torch.empty(shape).uniform_(-0.03, 0.03).to(dtype)
-
-    write_tensor_stream(_random(), layout, folder / "ema.safetensors")
+    weights = {}
+    for name, weight in model.named_parameters():
+        weights[name] = torch.empty(weight.shape).uniform_(-0.03, 0.03).bfloat16()
+    write_tensors(weights, folder / "ema.safetensors")
 
 
 def figures() -> Iterator[Figure]:

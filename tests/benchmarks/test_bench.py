@@ -2,23 +2,30 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from agents.config import load_config
+
 BENCH = Path(__file__).parent / "bench.py"
+
+
+def load_module(name, monkeypatch):
+    """A file beside this one as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCH.parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look their module up.
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def memory(monkeypatch):
     """The memory figures, of a model of a few thousand weights."""
-    spec = importlib.util.spec_from_file_location("memory", BENCH.parent / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    # Where dataclasses look their module up.
-    monkeypatch.setitem(sys.modules, "memory", module)
-    spec.loader.exec_module(module)
+    module = load_module("memory", monkeypatch)
     sizes = {
         "vocab_size": 576,
         "hidden_size": 64,
@@ -36,17 +43,18 @@ def memory(monkeypatch):
 
 
 @pytest.mark.slow
-def test_bench_prints_figures(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(BENCH), "--pairs", "1", "--only", "ad"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+def test_bench_prints_figures(tmp_path, monkeypatch, capsys):
+    """Of few episodes, in this process; what it imports from its folder is imported before."""
+    load_module("memory", monkeypatch)
+    load_module("bare_loop", monkeypatch)
+    bench = load_module("bench", monkeypatch)
+    few = ["trainer.groups=2", "trainer.group_size=4"]
+    monkeypatch.setattr(bench, "load_config", lambda words: load_config([*words, *few]))
+    monkeypatch.setattr(sys, "argv", [str(BENCH), "--pairs", "1", "--only", "ad"])
+    monkeypatch.chdir(tmp_path)
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    figures = [json.loads(line) for line in lines if line.startswith("{")]
     assert [figure["figure"] for figure in figures] == ["a", "d"]
     assert figures[1]["ratio"] < figures[1]["limit"]
 

@@ -1,6 +1,7 @@
 """The examples run as they are."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,29 @@ import pytest
 from PIL import Image
 
 from agents.cli import main
+from agents.training.build import import_modules
+from rewards import REWARDS
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run an example in this process, which has imported torch; returns what it prints."""
+    kept = dict(REWARDS._entries)
+
+    def run(name, *arguments):
+        path = str(ROOT / "examples" / name)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    REWARDS._entries = kept
+
+
 def run_example(name, *arguments):
-    """What an example prints."""
+    """What an example prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, f"examples/{name}", *arguments],
         cwd=ROOT,
@@ -29,8 +47,8 @@ def run_example(name, *arguments):
 
 
 @pytest.mark.slow
-def test_torchrl_loop():
-    out = run_example("torchrl_loop.py", "--iterations", "2", "--prompts", "2", "--members", "2")
+def test_torchrl_loop(run_here):
+    out = run_here("torchrl_loop.py", "--iterations", "2", "--prompts", "2", "--members", "2")
     lines = [line for line in out.splitlines() if line.startswith("iteration")]
     assert len(lines) == 2
     assert all(0 <= float(line.split()[-1]) <= 1 for line in lines)
@@ -44,22 +62,30 @@ def test_random_rollout():
 
 
 @pytest.mark.slow
-def test_custom_reward():
-    out = run_example("custom_reward.py")
+def test_custom_reward(run_here):
+    out = run_here("custom_reward.py")
     assert "reward: 0.1799" in out
     assert "mostly_light: 0.8996" in out
 
 
 @pytest.mark.slow
-def test_unigrpo_loop():
-    out = run_example("unigrpo_loop.py", "--iterations", "5", "--held-out", "16")
+def test_unigrpo_loop(monkeypatch, capsys):
+    """Of few episodes: their numbers are constants of the example."""
+    path = str(ROOT / "examples" / "unigrpo_loop.py")
+    import_modules([path])
+    module = sys.modules[path]
+    for name, value in {"B": 2, "G": 3, "N": 6}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sys, "argv", [path, "--iterations", "5", "--held-out", "4"])
+    module.main()
+    out = capsys.readouterr().out
     assert "iteration   5  reward" in out
     assert "held-out accuracy after" in out
 
 
 @pytest.mark.slow
-def test_edit(tmp_path):
-    out = run_example("edit.py", "--folder", str(tmp_path))
+def test_edit(tmp_path, run_here):
+    out = run_here("edit.py", "--folder", str(tmp_path))
     assert "instruction:" in out
     assert "thought:" in out
     for name in ("before.png", "after.png"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import Qwen2Config
 
@@ -66,6 +66,32 @@ class BagelConfig:
     def latent_dim(self) -> int:
         """Values of a latent token."""
         return self.z_channels * self.latent_patch_size**2
+
+    @property
+    def token_side(self) -> int:
+        """Pixels of a latent token, along each side."""
+        return self.downsampling * self.latent_patch_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that are drawn, in pixels."""
+        return self.latent_height * self.token_side, self.latent_width * self.token_side
+
+    def with_image_size(self, height: int, width: int) -> BagelConfig:
+        """The same for images of another size, in pixels.
+
+        Raises:
+            ValueError: there are no positions for an image of this size.
+        """
+        side = self.token_side
+        longest = side * self.max_latent_size
+        whole = height % side == 0 and width % side == 0
+        if not whole or min(height, width) < side or max(height, width) > longest:
+            raise ValueError(
+                f"expected an image height and width in multiples of {side} up to {longest} "
+                f"pixels, got {height} x {width}; choose the nearest such size"
+            )
+        return replace(self, latent_height=height // side, latent_width=width // side)
 
     @property
     def head_dim(self) -> int:

@@ -6,9 +6,9 @@ this package are two configs of the same class, under the original weight names.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from agents.models.bagel.release_files import (
 )
 from agents.models.base import UnifiedModel
 from agents.models.kv_cache import KeyValueContext
+from agents.models.pixels import scale_pixels
 
 IMAGE_PARTS = ("time_embedder.", "vae2llm.", "llm2vae.")
 """Parts outside the layers that belong to the image expert."""
@@ -42,39 +43,24 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
     lora_targets = (r"^language_model\.model\.layers\.",)
 
     @classmethod
-    def from_release(
-        cls,
-        folder: str | Path,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        device: str | torch.device = "cpu",
-        vision: bool = True,
-    ) -> Bagel:
-        """Load the released weights, see `agents.models.bagel.release.load_release`.
-
-        Args:
-            folder: with `llm_config.json` and the weights.
-            height: of the images to be drawn, in pixels; the largest possible if left out.
-            width: likewise.
-            dtype: of the weights, and so of all computations.
-            device: where the weights are to be.
-            vision: whether to load the vision encoder.
-
-        Raises:
-            ValueError: a file is missing or does not fit.
-        """
+    def from_release(cls, folder: str | Path, **options: Any) -> Bagel:
+        """Load the released weights; see `release.load_release`, also for the options."""
         # Imported here, because `release` needs this module.
         from agents.models.bagel.release import load_release
 
-        return load_release(
-            folder, height=height, width=width, dtype=dtype, device=device, vision=vision
-        )
+        return load_release(folder, **options)
 
-    def write_weights(self, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """See `UnifiedModel`. A model of a released folder is written as one."""
-        if self.source and is_release(self.source):
+    def write_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See `UnifiedModel`. A model with the release's processor is written as the release is.
+
+        Raises:
+            ValueError: the folder of that release is no longer there, see `write_release`.
+        """
+        # Imported here, because it needs the environment, which a model alone does not.
+        from agents.models.bagel.processor import BagelProcessor
+
+        # Without the files of that processor the written model could not be used.
+        if isinstance(self._find_processor(), BagelProcessor):
             write_release(self, folder, tensors)
         else:
             super().write_weights(folder, tensors)
@@ -106,16 +92,7 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
             ValueError: there are no positions for an image of this size, or the processor is for
                 another size and cannot be resized.
         """
-        config = self.config
-        # Pixels of a latent token, along each side.
-        side = config.downsampling * config.latent_patch_size
-        longest = side * config.max_latent_size
-        divides = height % side == 0 and width % side == 0
-        if not divides or min(height, width) < side or max(height, width) > longest:
-            raise ValueError(
-                f"expected an image height and width in multiples of {side} up to {longest} "
-                f"pixels, got {height} x {width}; choose the nearest such size"
-            )
+        config = self.config.with_image_size(height, width)
         processor = self._find_processor()
         resized = getattr(processor, "resized", None)
         if resized is not None:
@@ -126,10 +103,10 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
                 f"expected a size of {expected} pixels, because {type(processor).__name__} takes "
                 f"no other, got {height} x {width}; set another `model.processor` first"
             )
-        rows = height // side
-        columns = width // side
-        self.config = dataclasses.replace(config, latent_height=rows, latent_width=columns)
-        positions = grid_positions(rows, columns, config.max_latent_size)
+        self.config = config
+        positions = grid_positions(
+            config.latent_height, config.latent_width, config.max_latent_size
+        )
         self.latent_positions = positions.to(self.latent_positions.device)
 
     def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
@@ -190,18 +167,10 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
         return values * self.vae2llm.weight.element_size()
 
     def append_text(
-        self,
-        context: KeyValueContext,
-        ids: Tensor,
-        mask: Tensor | None = None,
-        *,
-        last_only: bool = False,
+        self, context: KeyValueContext, ids: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValueContext]:
         """See `UnifiedModel`. Logits have the dtype of the weights."""
         hidden, grown = self.append_hidden(context, ids, mask)
-        # The head is the most expensive part of a long text: run it on one position.
-        if last_only and ids.shape[1] > 1:
-            hidden = _last_unmasked(hidden, mask)
         return self.compute_logits(hidden), grown
 
     def append_hidden(
@@ -339,7 +308,7 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
                 "`model.processor` to one that defines pixel_size and view_images"
             )
         seen = processor.view_images(processor.decode_latents(latent))
-        return seen.to(latent.device).float() / 127.5 - 1
+        return scale_pixels(seen.to(latent.device))
 
     def _append_segment(
         self,
@@ -366,21 +335,3 @@ class Bagel(BagelNetwork, UnifiedModel[KeyValueContext]):
         valid = mask[:, None].expand(-1, length)
         position = context.position + mask
         return context.advance(keys, values, valid, position, all_valid=all_valid)
-
-
-def _last_unmasked(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Take each row's last unmasked position of `hidden` `[N, T, H]`, as `[N, 1, H]`.
-
-    Args:
-        hidden: `[N, T, H]`.
-        mask: `[N, T]` bool; all are unmasked if it is None.
-    """
-    if mask is None:
-        return hidden[:, -1:]
-    # [N, T], the number of unmasked positions up to each.
-    count = mask.cumsum(1)
-    # The positions before the last unmasked one are those with a smaller count.
-    # [N]; a row without an unmasked position gets 0.
-    last = (count[:, -1:] > count).sum(1)
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows, last].unsqueeze(1)

@@ -7,11 +7,10 @@ to itself and tells its tokens apart by a fixed sin-cos table.
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from agents.models.bagel.attention import image_bias, text_bias
@@ -20,6 +19,7 @@ from agents.models.bagel.embeddings import PositionTable, TimeEmbedder, grid_pos
 from agents.models.bagel.layers import GENERATION, UNDERSTANDING, LanguageModel
 from agents.models.bagel.vision import Connector, VisionEncoder
 from agents.models.kv_cache import KeyValueContext
+from agents.models.recompute import run_again_in_backward
 
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 """Fixed sin-cos tables: they are in the weights file and are never trained."""
@@ -64,12 +64,14 @@ class BagelNetwork(nn.Module):
             self.vit_model = VisionEncoder(config.vision)
             self.connector = Connector(config.vision, config.hidden_size)
             self.vit_pos_embed = PositionTable(config.hidden_size, config.vision.max_patches)
-        self.rotary = Qwen2RotaryEmbedding(config.qwen2())
-        markers = torch.tensor([config.image_start_id, config.image_end_id])
-        positions = grid_positions(
-            config.latent_height, config.latent_width, config.max_latent_size
-        )
-        # Not persistent: both follow from the config, so the weights file need not hold them.
+        # No file holds what follows from the config. So it is made in memory, and on the CPU for
+        # the same numbers everywhere, where the weights are on the device `meta`.
+        with torch.device("cpu"):
+            self.rotary = Qwen2RotaryEmbedding(config.qwen2())
+            markers = torch.tensor([config.image_start_id, config.image_end_id])
+            positions = grid_positions(
+                config.latent_height, config.latent_width, config.max_latent_size
+            )
         self.register_buffer("latent_positions", positions, persistent=False)
         self.register_buffer("marker_ids", markers, persistent=False)
 
@@ -200,19 +202,14 @@ class BagelNetwork(nn.Module):
         values = []
         for index, layer in enumerate(self.language_model.model.layers):
             inputs = streams, rotary, bias, context.extend(index, keep=keep)
-            streams, key, value = self._run_layer(layer, *inputs)
+            # Nothing in a layer is random.
+            streams, key, value = run_again_in_backward(layer, *inputs, active=self.checkpointing)
             if keep:
                 keys.append(key)
                 values.append(value)
             # Otherwise they are freed here, before the next layer makes its own.
             del key, value
         return streams, keys, values
-
-    def _run_layer(self, layer: nn.Module, *inputs: Any) -> tuple[Streams, Tensor, Tensor]:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return layer(*inputs)
-        # Nothing in a layer is random, so no random state has to be kept.
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def forward_values(config: BagelConfig, length: int, slots: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,19 +14,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
+from agents.models.bagel.config import BagelConfig
+from agents.models.bagel.release_files import AUTOENCODER
 from agents.models.bagel.resize import Resize
 from agents.models.bagel.vae import VaeLatents, load_vae
-from agents.models.bagel.vision import VisionConfig
 from agents.storage import read_shapes, read_tensors
 from unigrpo_env.mdp.noise import keyed_noise
 from unigrpo_env.segment_processor import SegmentProcessor
 
-AUTOENCODER = "ae.safetensors"
-"""Name of the auto-encoder's file in the released folder."""
-DOWNSAMPLING = 8
-"""Pixels a side of one value of the auto-encoder."""
-Z_CHANNELS = 16
-"""Channels of the auto-encoder's values."""
 VAE_TRANSFORM = Resize(max_size=1024, min_size=512, stride=16)
 """What the release does to a source before the auto-encoder reads it."""
 VIT_TRANSFORM = Resize(max_size=980, min_size=224, stride=14)
@@ -62,26 +58,22 @@ class BagelProcessor(SegmentProcessor):
     Args:
         tokenizer: of Qwen2, see `load_tokenizer`.
         autoencoder: of the images.
-        height: of the images that are drawn, in pixels.
-        width: likewise.
-        vocab_size: rows of the model's vocabulary; those beyond the tokenizer's are never sampled.
-        latent_patch_size: side of a latent token, in values of the auto-encoder.
-        max_latent_size: latent tokens a side for which the model has positions.
-        vision: the model's vision encoder; None without one.
+        config: the model's sizes, among them that of the images.
         vae_transform: how a source is resized; None for `VAE_TRANSFORM`, bounded by the positions.
         vit_transform: how an image is resized for the vision encoder; None likewise for
             `VIT_TRANSFORM`.
 
     Attributes:
+        config: the sizes.
         posterior: whether the latent of a source is a `sample` of the auto-encoder's distribution,
             as in the release, or its `mean`.
-        posterior_noise: gives the noise of that sample, `[16, height / 8, width / 8]` float32, for
-            an image `[height, width, 3]` uint8. By default the image itself is the key of the
-            noise, so that all members of a group read the same source.
+        posterior_noise: gives the noise of that sample, one float32 for each value of a latent
+            image `[channels, rows, columns]`, for an image `[height, width, 3]` uint8. By default
+            the image itself is the key of the noise, so that all members of a group read the same
+            source.
 
     Raises:
-        ValueError: the tokenizer does not fit the model, or an image size that the model has no
-            positions for.
+        ValueError: the tokenizer does not fit the model, or `vit_transform` the vision encoder.
     """
 
     scenario_defaults = MappingProxyType(
@@ -92,48 +84,42 @@ class BagelProcessor(SegmentProcessor):
         self,
         tokenizer: Any,
         autoencoder: Autoencoder,
-        height: int,
-        width: int,
+        config: BagelConfig,
         *,
-        vocab_size: int,
-        latent_patch_size: int = 2,
-        max_latent_size: int = 64,
-        vision: VisionConfig | None = None,
         vae_transform: Resize | None = None,
         vit_transform: Resize | None = None,
     ) -> None:
-        super().__init__(tokenizer, vocab_size, image_token=IMAGE, end_token=END)
-        if len(tokenizer) > vocab_size:
+        super().__init__(tokenizer, config.vocab_size, image_token=IMAGE, end_token=END)
+        if len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"expected a tokenizer of at most {vocab_size} tokens, as many as the model has, "
-                f"got {len(tokenizer)}; are tokenizer and weights of one folder?"
+                f"expected a tokenizer of at most {config.vocab_size} tokens, as many as the model "
+                f"has, got {len(tokenizer)}; are tokenizer and weights of one folder?"
             )
         self.autoencoder = autoencoder
         added = tokenizer.added_tokens_decoder.items()
         special = {index for index, token in added if token.special}
         self._special_ids = frozenset(special.union(tokenizer.convert_tokens_to_ids(MARKS)))
         self.posterior: Literal["sample", "mean"] = "sample"
-        self.posterior_noise: Callable[[Tensor], Tensor] = keyed_posterior_noise
-        self._patch = latent_patch_size
-        self._stride = DOWNSAMPLING * latent_patch_size
-        self._longest = self._stride * max_latent_size
-        self._vision = vision
-        self.vae_transform = vae_transform or VAE_TRANSFORM.bounded(self._longest)
-        view = VIT_TRANSFORM if vision is None else VIT_TRANSFORM.bounded(_longest_view(vision))
+        self.posterior_noise: Callable[[Tensor], Tensor] = partial(
+            keyed_posterior_noise, channels=config.z_channels, downsampling=config.downsampling
+        )
+        longest = config.token_side * config.max_latent_size
+        self.vae_transform = vae_transform or VAE_TRANSFORM.bounded(longest)
+        view = VIT_TRANSFORM
+        if config.vision is not None:
+            view = view.bounded(config.vision.longest_side)
         self.vit_transform = vit_transform or view
-        self._set_image_size(height, width)
+        self._set_sizes(config)
 
     @classmethod
     def from_release(
         cls,
         folder: str | Path,
-        height: int,
-        width: int,
+        config: BagelConfig,
         *,
-        vocab_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        **sizes: Any,
+        **transforms: Resize,
     ) -> BagelProcessor:
         """Read tokenizer and auto-encoder of a released folder.
 
@@ -141,21 +127,17 @@ class BagelProcessor(SegmentProcessor):
 
         Args:
             folder: with the tokenizer's files and `ae.safetensors`.
-            height: of the images that are drawn, in pixels.
-            width: likewise.
-            vocab_size: rows of the model's vocabulary.
+            config: the model's sizes.
             dtype: in which the auto-encoder computes.
             device: where it begins; it follows latents and images to an accelerator.
-            **sizes: what else the class takes.
+            **transforms: see the class.
 
         Raises:
             ValueError: a file is missing or damaged, a token is missing, or see the class.
         """
         folder = Path(folder)
         autoencoder = Autoencoder(folder / AUTOENCODER, dtype, device)
-        return cls(
-            load_tokenizer(folder), autoencoder, height, width, vocab_size=vocab_size, **sizes
-        )
+        return cls(load_tokenizer(folder), autoencoder, config, **transforms)
 
     def resized(self, height: int, width: int) -> BagelProcessor:
         """The same for images of another size, in pixels; tokenizer and auto-encoder are shared.
@@ -164,26 +146,17 @@ class BagelProcessor(SegmentProcessor):
             ValueError: a size that the model has no positions for.
         """
         other = copy.copy(self)
-        other._set_image_size(height, width)
+        other._set_sizes(self.config.with_image_size(height, width))
         return other
 
-    def _set_image_size(self, height: int, width: int) -> None:
-        stride = self._stride
-        whole = height % stride == 0 and width % stride == 0
-        if not whole or min(height, width) < stride or max(height, width) > self._longest:
-            raise ValueError(
-                f"expected an image height and width in multiples of {stride} up to "
-                f"{self._longest} pixels, got {height} x {width}; round them, and see "
-                "`source_size` for the size that fits a source"
-            )
-        self.image_size = (height, width)
-        self._rows = height // stride
-        self._columns = width // stride
-        self.latent_shape = (self._rows * self._columns, Z_CHANNELS * self._patch**2)
+    def _set_sizes(self, config: BagelConfig) -> None:
+        self.config = config
+        self.image_size = config.image_size
+        self.latent_shape = (config.latent_height * config.latent_width, config.latent_dim)
         self.pixel_size = None
-        if self._vision is not None:
-            self.pixel_size = self.vit_transform.size(height, width)
-            _check_view(self._vision, self.pixel_size)
+        if config.vision is not None:
+            self.pixel_size = self.vit_transform.size(*config.image_size)
+            config.vision.check_size(*self.pixel_size)
 
     def forbidden_ids(self, reads_images: bool = False) -> tuple[int, ...]:
         """Every special token but `<|im_end|>`, and the entries that no text has."""
@@ -260,7 +233,13 @@ class BagelProcessor(SegmentProcessor):
         return self._latents(latents.device).decode(latents)
 
     def _latents(self, device: torch.device) -> VaeLatents:
-        return VaeLatents(self.autoencoder.on(device), self._rows, self._columns, self._patch)
+        config = self.config
+        return VaeLatents(
+            self.autoencoder.on(device),
+            config.latent_height,
+            config.latent_width,
+            config.latent_patch_size,
+        )
 
 
 class Autoencoder:
@@ -299,18 +278,20 @@ class Autoencoder:
         return self._vae
 
 
-def keyed_posterior_noise(image: Tensor) -> Tensor:
+def keyed_posterior_noise(image: Tensor, channels: int, downsampling: int) -> Tensor:
     """Standard normal noise that depends on the image alone.
 
     Args:
         image: `[height, width, 3]` uint8.
+        channels: of a latent image.
+        downsampling: sides of an image are so many times those of its latent image.
 
     Returns:
-        `[16, height / 8, width / 8]` float32.
+        `[channels, height / downsampling, width / downsampling]` float32.
     """
     height, width = image.shape[:2]
     key = hashlib.blake2b(image.cpu().numpy().tobytes(), digest_size=8).digest()
-    shape = (Z_CHANNELS, height // DOWNSAMPLING, width // DOWNSAMPLING)
+    shape = (channels, height // downsampling, width // downsampling)
     return keyed_noise([(int.from_bytes(key, "big"),)], shape)[0]
 
 
@@ -348,22 +329,6 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer.eos_token = EOS
     tokenizer.pad_token = PAD
     return tokenizer
-
-
-def _longest_view(vision: VisionConfig) -> int:
-    """The longest side that the vision encoder has positions for, in pixels."""
-    patches = min(vision.image_size // vision.patch_size, vision.max_patches)
-    return patches * vision.patch_size
-
-
-def _check_view(vision: VisionConfig, size: tuple[int, int]) -> None:
-    patch = vision.patch_size
-    longest = _longest_view(vision)
-    if size[0] % patch or size[1] % patch or max(size) > longest:
-        raise ValueError(
-            f"expected a vit_transform that gives sides in multiples of {patch} up to {longest} "
-            f"pixels, got {_times(size)}; change its max_size or stride"
-        )
 
 
 def _times(size: tuple[int, int]) -> str:

@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from agents.models.bagel.config import BagelConfig
-from agents.models.bagel.embeddings import grid_positions
 from agents.models.bagel.model import Bagel
+from agents.models.bagel.processor import BagelProcessor
 from agents.models.bagel.release_files import (
     AUTOENCODER,
     INDEX,
@@ -28,21 +27,11 @@ from agents.models.bagel.release_files import (
     is_release,
     read_weights,
     weight_shapes,
-    write_release,
 )
-from agents.models.bagel.vae import LATENT_INPUT
+from agents.models.bagel.vae import latent_sizes
 from agents.models.bagel.vision import VisionConfig
 from agents.storage import check_shapes, read_json_object, read_shapes
 
-if TYPE_CHECKING:
-    from agents.models.bagel.processor import BagelProcessor
-
-__all__ = ["is_release", "load_release", "write_release"]
-
-LATENT_PATCH = 2
-"""Side of a latent token, in values of the auto-encoder; no file says so."""
-PIXELS = BagelConfig.downsampling * LATENT_PATCH
-"""Side of a latent token, in pixels."""
 MARKERS = ["<|vision_start|>", "<|vision_end|>"]
 """The tokens around an image."""
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -86,62 +75,23 @@ def load_release(
     files = find_weights(folder, vision=vision)
     shapes = weight_shapes(files)
     config = _read_sizes(folder, shapes, vision)
-    processor = _make_processor(folder, config, height, width, device)
-    config = _fit_to_processor(config, processor)
+    largest = config.token_side * config.max_latent_size
+    config = config.with_image_size(
+        largest if height is None else height, largest if width is None else width
+    )
+    processor = BagelProcessor.from_release(folder, config, device=device)
+    start, end = processor.tokenizer.convert_tokens_to_ids(MARKERS)
+    config = replace(config, image_start_id=start, image_end_id=end)
     with torch.device("meta"):
         model = Bagel(config)
     check_shapes(model, shapes, str(folder))
     model.load_state_dict(read_weights(files, dtype=dtype, device=device), assign=True)
-    _make_buffers(model, device)
+    # The buffers, which no file holds.
+    model.to(device)
     model.processor = processor
-    model.source = str(folder)
+    # Absolute, because it is looked for again when the model is saved.
+    model.source = str(folder.absolute())
     return model
-
-
-def _make_processor(
-    folder: Path,
-    config: BagelConfig,
-    height: int | None,
-    width: int | None,
-    device: str | torch.device,
-) -> BagelProcessor:
-    # Imported here, because it needs the environment, which a model alone does not.
-    from agents.models.bagel.processor import BagelProcessor
-
-    largest = PIXELS * config.max_latent_size
-    return BagelProcessor.from_release(
-        folder,
-        largest if height is None else height,
-        largest if width is None else width,
-        vocab_size=config.vocab_size,
-        latent_patch_size=LATENT_PATCH,
-        max_latent_size=config.max_latent_size,
-        vision=config.vision,
-        device=device,
-    )
-
-
-def _fit_to_processor(config: BagelConfig, processor: BagelProcessor) -> BagelConfig:
-    """Take the size of the images and the ids of the markers around them from the processor."""
-    height, width = processor.image_size
-    start, end = processor.tokenizer.convert_tokens_to_ids(MARKERS)
-    return replace(
-        config,
-        latent_height=height // PIXELS,
-        latent_width=width // PIXELS,
-        image_start_id=start,
-        image_end_id=end,
-    )
-
-
-def _make_buffers(model: Bagel, device: str | torch.device) -> None:
-    """Make what no file holds; it was built without memory like everything else."""
-    config = model.config
-    # In float32 whatever the weights are, and on the CPU first: the same numbers everywhere.
-    model.rotary = Qwen2RotaryEmbedding(config.qwen2()).to(device)
-    positions = grid_positions(config.latent_height, config.latent_width, config.max_latent_size)
-    model.latent_positions = positions.to(device)
-    model.marker_ids = torch.tensor([config.image_start_id, config.image_end_id], device=device)
 
 
 def _read_sizes(folder: Path, shapes: Shapes, vision: bool) -> BagelConfig:
@@ -150,11 +100,13 @@ def _read_sizes(folder: Path, shapes: Shapes, vision: bool) -> BagelConfig:
     fields = read_json_object(path)
     source = str(folder)
     latent_dim = _shape(shapes, "vae2llm.weight", source)[1]
-    channels = _shape(read_shapes(folder / AUTOENCODER), LATENT_INPUT, AUTOENCODER)[1]
-    if latent_dim != channels * LATENT_PATCH**2:
+    channels, downsampling = latent_sizes(read_shapes(folder / AUTOENCODER))
+    # Values of a channel in a latent token; no file says how many.
+    square = BagelConfig.latent_patch_size**2
+    if latent_dim != channels * square:
         raise ValueError(
-            f"expected an auto-encoder of {latent_dim // LATENT_PATCH**2} channels in {folder}, "
-            f"as the model takes them, got {channels}; copy {AUTOENCODER} of the same release"
+            f"expected an auto-encoder of {latent_dim // square} channels in {folder}, as the "
+            f"model takes them, got {channels}; copy {AUTOENCODER} of the same release"
         )
     return BagelConfig(
         vocab_size=_shape(shapes, "language_model.model.embed_tokens.weight", source)[0],
@@ -163,7 +115,7 @@ def _read_sizes(folder: Path, shapes: Shapes, vision: bool) -> BagelConfig:
         rms_norm_eps=fields.get("rms_norm_eps", BagelConfig.rms_norm_eps),
         hidden_act=fields.get("hidden_act", BagelConfig.hidden_act),
         z_channels=channels,
-        latent_patch_size=LATENT_PATCH,
+        downsampling=downsampling,
         max_latent_size=_side(shapes, "latent_pos_embed.pos_embed", source),
         vision=_read_vision_sizes(folder, shapes) if vision else None,
     )

@@ -8,7 +8,7 @@ file `config.json` is never used: copies of the release differ in it, and some h
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from agents.models.base import UnifiedModel
 from agents.models.lora import base_tensors
-from agents.storage import CONFIG, read_json_object, read_shapes, read_tensors, write_tensor_stream
+from agents.storage import (
+    CONFIG,
+    check_expected_shapes,
+    read_json_object,
+    read_shapes,
+    read_tensors,
+    write_tensors,
+)
 
 WEIGHTS = "ema.safetensors"
 """The model's weights."""
@@ -125,9 +132,7 @@ def read_weights(
 
 
 def write_release(
-    model: UnifiedModel[Any],
-    folder: str | Path,
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    model: UnifiedModel[Any], folder: str | Path, tensors: Mapping[str, Tensor]
 ) -> None:
     """Write a model as the release is laid out, for `load_release` and for other programs.
 
@@ -137,12 +142,11 @@ def write_release(
     Args:
         model: of a released folder, with adapters or without.
         folder: made if it is missing.
-        tensors: all weights of the model by their names in the release, or pairs of both, which are
-            written one at a time.
+        tensors: all weights of the model by their names in the release.
 
     Raises:
-        ValueError: the model comes from no released folder, `folder` is that folder itself, or
-            `tensors` are not the model's.
+        ValueError: the model comes from no released folder, a weight that is to be copied from
+            there is missing, `folder` is that folder itself, or `tensors` are not the model's.
     """
     source = Path(model.source)
     folder = Path(folder)
@@ -151,36 +155,25 @@ def write_release(
             f"expected a model from a released folder, got one from {model.source!r}; set "
             f"`model.source` to a folder with {LLM_CONFIG} and {WEIGHTS}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
+    if folder.exists() and folder.samefile(source):
         raise ValueError(
             f"expected another folder than {source}, from which the model was loaded; give a new "
             "one, so that the weights there are kept"
         )
+    expected = {name: tensor.shape for name, tensor in base_tensors(model).items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    check_expected_shapes(expected, found, "what is to be written", f"this {type(model).__name__}")
+    rest = {name: path for name, path in find_weights(source).items() if name not in tensors}
+    # Read before anything is written: a damaged source leaves no folder behind.
+    copied = read_weights(rest, dtype=next(iter(tensors.values())).dtype)
+    read_shapes(source / AUTOENCODER)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in SMALL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     _link(source / AUTOENCODER, folder / AUTOENCODER)
-    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    layout = {
-        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in base_tensors(model).items()
-    }
-    files = find_weights(source)
-    shapes = weight_shapes(files)
-    dtype = next(iter(layout.values()))[0]
-    rest = {name: path for name, path in files.items() if name not in layout}
-    layout |= {name: (dtype, shapes[name]) for name in rest}
     # Last, because the folder is complete with it.
-    write_tensor_stream(_with_rest(pairs, rest, dtype), layout, folder / WEIGHTS)
-
-
-def _with_rest(
-    tensors: Iterable[tuple[str, Tensor]], rest: Mapping[str, Path], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """Give `tensors`, then those of the files `rest`, one at a time."""
-    yield from tensors
-    for name, path in rest.items():
-        yield from read_tensors(path, [name], dtype=dtype).items()
+    write_tensors({**tensors, **copied}, folder / WEIGHTS)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -44,15 +44,10 @@ def load_vae(
     Raises:
         ValueError: the weights are no such auto-encoder's.
     """
-    for name in (FIRST_BLOCK.format(0), LATENT_INPUT):
-        if name not in weights:
-            raise ValueError(
-                f"expected the weights of an auto-encoder, found no {name}; take the file "
-                "ae.safetensors of the release"
-            )
+    channels, _ = latent_sizes({name: weight.shape for name, weight in weights.items()})
     # The weights replace those that are made here.
     with torch.device("meta"):
-        vae = _build(weights)
+        vae = _build(weights, channels)
     # The file has the names of the original code; diffusers renames them to its own.
     converted = convert_ldm_vae_checkpoint(dict(weights), vae.config)
     # Before they are assigned: `vae.to(dtype)` would warn of a cast at every load.
@@ -62,7 +57,26 @@ def load_vae(
     return vae.eval().requires_grad_(False)
 
 
-def _build(weights: Mapping[str, Tensor]) -> Any:
+def latent_sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Channels of a latent image, and pixels a side of each of its values.
+
+    Args:
+        shapes: of all weights of an auto-encoder, see `load_vae`.
+
+    Raises:
+        ValueError: the weights are no such auto-encoder's.
+    """
+    for name in (FIRST_BLOCK.format(0), LATENT_INPUT):
+        if name not in shapes:
+            raise ValueError(
+                f"expected the weights of an auto-encoder, found no {name}; take the file "
+                "ae.safetensors of the release"
+            )
+    # Each level but the last halves both sides.
+    return shapes[LATENT_INPUT][1], 2 ** (_count(FIRST_BLOCK, shapes) - 1)
+
+
+def _build(weights: Mapping[str, Tensor], latent_channels: int) -> Any:
     levels = _count(FIRST_BLOCK, weights)
     channels = [len(weights[FIRST_BLOCK.format(level)]) for level in range(levels)]
     return AutoencoderKL(
@@ -70,7 +84,7 @@ def _build(weights: Mapping[str, Tensor]) -> Any:
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(channels),
         layers_per_block=_count("encoder.down.0.block.{}.conv2.weight", weights),
-        latent_channels=weights[LATENT_INPUT].shape[1],
+        latent_channels=latent_channels,
         # This VAE lacks the two convolutions around the latents that diffusers calls `quant`.
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -79,7 +93,7 @@ def _build(weights: Mapping[str, Tensor]) -> Any:
     )
 
 
-def _count(name: str, weights: Mapping[str, Tensor]) -> int:
+def _count(name: str, weights: Mapping[str, Any]) -> int:
     """Count for which numbers 0, 1, ... there is a weight called `name`."""
     number = 0
     while name.format(number) in weights:

@@ -41,6 +41,30 @@ class VisionConfig:
     connector_act: str = "gelu_pytorch_tanh"
     max_patches: int = 70
 
+    @property
+    def table_side(self) -> int:
+        """Rows and columns of the encoder's own position table."""
+        return self.image_size // self.patch_size
+
+    @property
+    def longest_side(self) -> int:
+        """The longest side of an image for which both position tables have entries, in pixels."""
+        return min(self.table_side, self.max_patches) * self.patch_size
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse an image, of a size in pixels, that the encoder cannot read.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch, or is too long.
+        """
+        patch = self.patch_size
+        if height % patch or width % patch or max(height, width) > self.longest_side:
+            raise ValueError(
+                f"expected image sides in multiples of {patch} up to {self.longest_side} pixels, "
+                f"got {height} x {width}; resize what the vision encoder reads, as the processor's "
+                "`vit_transform` of the right max_size and stride does"
+            )
+
     def siglip(self) -> SiglipVisionConfig:
         """Give the same sizes in the form that the parts from transformers take."""
         config = SiglipVisionConfig(
@@ -63,9 +87,8 @@ class _Embeddings(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        side = config.image_size // config.patch_size
         self.patch_embedding = nn.Linear(3 * config.patch_size**2, config.hidden_size)
-        self.position_embedding = nn.Embedding(side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.table_side**2, config.hidden_size)
 
 
 class _VisionModel(nn.Module):
@@ -87,11 +110,6 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = _VisionModel(config)
-
-    @property
-    def max_patches_per_side(self) -> int:
-        """The most patches a side for which both position tables have an entry."""
-        return min(self.config.image_size // self.config.patch_size, self.config.max_patches)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Cut images `[N, 3, height, width]` into patches.
@@ -116,16 +134,11 @@ class VisionEncoder(nn.Module):
             `[rows * columns]` int64, `row * stride + column` of each patch.
 
         Raises:
-            ValueError: a side is not a multiple of the patch, or has more patches than the tables.
+            ValueError: see `VisionConfig.check_size`.
         """
         patch = self.config.patch_size
-        longest = self.max_patches_per_side * patch
         height, width = pixels.shape[2:]
-        if height % patch or width % patch or max(height, width) > longest:
-            raise ValueError(
-                f"expected image sides that are multiples of {patch} up to {longest} pixels, "
-                f"got {height} x {width}; resize the image first, as a Processor's view_images does"
-            )
+        self.config.check_size(height, width)
         return grid_positions(height // patch, width // patch, stride).to(pixels.device)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -139,8 +152,7 @@ class VisionEncoder(nn.Module):
         """
         embeddings = self.vision_model.embeddings
         # The encoder's own table; the language model's has `max_patches` columns.
-        stride = self.config.image_size // self.config.patch_size
-        positions = self.patch_positions(pixels, stride)
+        positions = self.patch_positions(pixels, self.config.table_side)
         # [N, patches, patch * patch * 3] -> [N, patches, hidden_size]
         hidden = embeddings.patch_embedding(self.patches(pixels))
         hidden = hidden + embeddings.position_embedding(positions)

@@ -11,11 +11,13 @@ from agents.models.lora import (
     add_adapters,
     base_tensors,
     has_adapters,
-    merged_tensors,
+    merge_adapters,
 )
 from agents.models.registry import load_model
+from agents.testing.inputs import outputs_of
 
 RELEASE = Path(__file__).parents[2] / "data" / "bagel_release"
+LAYER = "language_model.model.layers.0.mlp.up_proj.weight"
 
 
 def save_adapters_of(source, folder, seed=1):
@@ -32,12 +34,8 @@ def save_adapters_of(source, folder, seed=1):
 
 def outputs(model):
     """Logits of a text and a velocity after it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(60, (2, 4), generator=generator)
-    x = torch.randn(2, *model.latent_shape, generator=generator)
     with torch.no_grad():
-        logits, context = model.append_text(model.empty_context(2), ids)
-        return [logits, model.predict_velocity(context, x, torch.tensor([0.2, 0.9]))]
+        return outputs_of(model)
 
 
 def test_merged_model_needs_no_adapters(small_bagel, tmp_path, capsys):
@@ -61,11 +59,13 @@ def test_release_keeps_its_layout(tmp_path):
     assert main(["merge", str(tmp_path / "adapters"), str(out)]) == 0
     assert {path.name for path in out.iterdir()} == {path.name for path in RELEASE.iterdir()}
     merged = load_model(str(out))
-    expected = dict(merged_tensors(model))
+    plain = {name: own.clone() for name, own in base_tensors(model).items()}
+    merge_adapters(model)
+    expected = base_tensors(model)
     state = merged.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], expected[name]) for name in state)
-    assert any(not torch.equal(state[name], own) for name, own in base_tensors(model).items())
+    assert any(not torch.equal(state[name], own) for name, own in plain.items())
 
 
 @pytest.mark.parametrize("given", ["run", "run/checkpoints", "run/checkpoints/000012"])
@@ -75,9 +75,9 @@ def test_adapters_of_a_run(tmp_path, given):
         model = save_adapters_of("tiny", checkpoint / "model", seed)
         (checkpoint / "state.json").write_text("{}")
     assert main(["merge", str(tmp_path / given), str(tmp_path / "out")]) == 0
-    expected = dict(merged_tensors(model))["language_model.model.layers.0.mlp.up_proj.weight"]
-    found = load_model(str(tmp_path / "out"))
-    assert torch.equal(found.language_model.model.layers[0].mlp.up_proj.weight, expected)
+    merge_adapters(model)
+    expected = base_tensors(model)[LAYER]
+    assert torch.equal(load_model(str(tmp_path / "out")).state_dict()[LAYER], expected)
 
 
 def test_last_weights_of_a_run_come_first(tmp_path):
@@ -86,9 +86,9 @@ def test_last_weights_of_a_run_come_first(tmp_path):
     (run / "checkpoints" / "000009" / "state.json").write_text("{}")
     model = save_adapters_of("tiny", run / "model", seed=2)
     assert main(["merge", str(run), str(tmp_path / "out")]) == 0
-    expected = dict(merged_tensors(model))["language_model.model.layers.0.mlp.up_proj.weight"]
-    found = load_model(str(tmp_path / "out"))
-    assert torch.equal(found.language_model.model.layers[0].mlp.up_proj.weight, expected)
+    merge_adapters(model)
+    expected = base_tensors(model)[LAYER]
+    assert torch.equal(load_model(str(tmp_path / "out")).state_dict()[LAYER], expected)
 
 
 def test_whole_weights_need_no_merging(small_bagel, tmp_path, capsys):

@@ -10,7 +10,7 @@ def test_pretrain(tmp_path, capsys):
     from agents.training.pretraining import STAGES
 
     folder = tmp_path / "new"
-    words = ["--steps", "2", "--batch-size", "4", "--prompts", "8", "--out", str(folder)]
+    words = ["--steps", "2", "--batch-size", "4", "--prompts", "2", "--out", str(folder)]
     assert main(["pretrain", *words]) == 0
     out = capsys.readouterr().out
     for name in (*STAGES, "edit", "story"):

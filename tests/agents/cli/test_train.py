@@ -6,10 +6,14 @@ import pytest
 
 from agents.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 SMALL = [
     "trainer.groups=2",
     "trainer.group_size=2",
-    "evaluation.prompts=4",
+    "env.image_steps=6",
+    "env.text_budget=12",
+    "evaluation.prompts=2",
     "output.tensorboard=false",
 ]
 MODULE = """
@@ -29,7 +33,7 @@ def test_train_evaluate_resume(tmp_path, capsys):
     assert json.loads((folder / "summary.json").read_text())["iterations"] == 3
     figures = tmp_path / "figures.json"
     model = f"model.name={folder}/checkpoints/000003/model"
-    assert main(["evaluate", "evaluation.prompts=4", model, "--out", str(figures)]) == 0
+    assert main(["evaluate", "evaluation.prompts=2", model, "--out", str(figures)]) == 0
     assert set(json.loads(figures.read_text())) == {"sampled", "greedy"}
 
 

@@ -1,8 +1,11 @@
 """Experiments are run once, kept, and resumed."""
 
+import dataclasses
 import io
 import json
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 from rich.console import Console
@@ -14,9 +17,24 @@ from agents.experiments.runner import results, run_job, run_tables
 
 pytestmark = pytest.mark.slow
 
+SHORT = dataclasses.replace(
+    QUICK,
+    prompts=2,
+    overrides=(
+        *QUICK.overrides,
+        "env.image_steps=4",
+        "env.text_budget=8",
+        "evaluation.image_steps=2",
+        "algorithm.window_size=1",
+        "algorithm.window_low=0",
+        "algorithm.window_high=2",
+    ),
+)
+"""As many iterations and checkpoints as `QUICK`, of shorter episodes."""
+
 
 def job_of(key, root):
-    return Job(next(entry for entry in EXPERIMENTS if entry.key == key), 0, str(root), QUICK)
+    return Job(next(entry for entry in EXPERIMENTS if entry.key == key), 0, str(root), SHORT)
 
 
 def measures_of(job):
@@ -26,16 +44,16 @@ def measures_of(job):
 def test_runs_are_kept_and_shown_on_the_page(tmp_path):
     keys = ["unigrpo", "proxy_none", "reflect", "refl_text_grpo"]
     console = Console(quiet=True)
-    run_tables(tmp_path / "runs", QUICK, console, keys, workers=2)
+    run_tables(tmp_path / "runs", SHORT, console, keys, workers=1)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/measures.json")}
     # What an experiment starts from is run too.
     expected = sorted(f"{key}-0" for key in [*keys, "refl"])
     assert sorted(path.parent.name for path in files) == expected
 
-    run_tables(tmp_path / "runs", QUICK, console, keys, workers=1)
+    run_tables(tmp_path / "runs", SHORT, console, keys, workers=1)
     assert files == {path: path.stat().st_mtime_ns for path in files}, "nothing is run twice"
 
-    page = write_page(tmp_path, results(jobs(tmp_path / "runs", QUICK)), QUICK).read_text()
+    page = write_page(tmp_path, results(jobs(tmp_path / "runs", SHORT)), SHORT).read_text()
     assert "| **UniGRPO**, thinking | 1 |" in page
     assert "0.8381" in page, "the paper's figure stands beside it"
     assert "no penalty" in page
@@ -44,24 +62,31 @@ def test_runs_are_kept_and_shown_on_the_page(tmp_path):
         assert (tmp_path / f"tables_{name}.png").stat().st_size > 1000
 
 
-def test_killed_run_goes_on_from_its_checkpoint(tmp_path):
-    whole = job_of("sft", tmp_path / "whole")
-    stopped = job_of("sft", tmp_path / "stopped")
-    run_job(whole)
-    run_job(stopped)
-    (stopped.folder / "measures.json").unlink()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped."""
+    job = job_of("sft", tmp_path_factory.mktemp("whole"))
+    run_job(job)
+    return job
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """The same run, killed before it was measured."""
+    job = job_of("sft", tmp_path / "stopped")
+    shutil.copytree(whole.folder, job.folder)
+    (job.folder / "measures.json").unlink()
+    assert not job.is_done
+    return job
+
+
+def test_killed_run_goes_on_from_its_checkpoint(whole, stopped):
     shutil.rmtree(stopped.folder / "checkpoints" / "000002")
-    assert not stopped.is_done
     run_job(stopped)
     assert measures_of(whole) == measures_of(stopped)
 
 
-def test_killed_run_without_checkpoint_starts_again(tmp_path):
-    whole = job_of("sft", tmp_path / "whole")
-    stopped = job_of("sft", tmp_path / "stopped")
-    run_job(whole)
-    run_job(stopped)
-    (stopped.folder / "measures.json").unlink()
+def test_killed_run_without_checkpoint_starts_again(whole, stopped):
     shutil.rmtree(stopped.folder / "checkpoints")
     run_job(stopped)
     assert measures_of(whole) == measures_of(stopped)
@@ -104,8 +129,6 @@ class PoolInThisProcess:
         pass
 
     def submit(self, function, job):
-        from concurrent.futures import Future
-
         future = Future()
         try:
             future.set_result(function(job))
@@ -137,6 +160,25 @@ def test_bases_are_run_first(tmp_path, fake_runs):
     order, _ = fake_runs
     run_tables(tmp_path, QUICK, Console(quiet=True), ["sft", "refl", "refl_text_grpo"])
     assert order == ["refl", "sft", "refl_text_grpo"]
+
+
+def test_workers_run_at_once(tmp_path, fake_runs, monkeypatch):
+    order, _ = fake_runs
+    fake = runner.run_job
+    both_are_running = threading.Barrier(2, timeout=60)
+
+    def wait_and_run(job):
+        both_are_running.wait()
+        fake(job)
+
+    monkeypatch.setattr(runner, "run_job", wait_and_run)
+
+    def pool(workers, mp_context):
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
+    run_tables(tmp_path, QUICK, Console(quiet=True), ["sft", "unigrpo"], workers=2)
+    assert sorted(order) == ["sft", "unigrpo"]
 
 
 def test_a_base_is_run_though_not_asked_for(tmp_path, fake_runs):

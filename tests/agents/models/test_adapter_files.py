@@ -16,6 +16,7 @@ from agents.models.adapter_files import (
 )
 from agents.models.lora import adapters_by_expert, add_adapters, has_adapters
 from agents.models.registry import load_model
+from agents.testing.inputs import outputs_of
 
 RELEASE = Path(__file__).parents[2] / "data" / "bagel_release"
 ALPHA = {"text": 4.0, "image": 5.0}
@@ -23,12 +24,8 @@ ALPHA = {"text": 4.0, "image": 5.0}
 
 def outputs(model):
     """Logits of a text and a velocity after it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(60, (2, 4), generator=generator)
-    x = torch.randn(2, *model.latent_shape, generator=generator)
     with torch.no_grad():
-        logits, context = model.append_text(model.empty_context(2), ids)
-        return [logits, model.predict_velocity(context, x, torch.tensor([0.2, 0.9]))]
+        return outputs_of(model)
 
 
 def assert_same(found, expected):

@@ -149,7 +149,7 @@ def test_checkpointing_keeps_less(vision_bagel):
 @torch.no_grad()
 def test_checkpointing_waits_for_a_gradient(vision_bagel, monkeypatch):
     vision_bagel.checkpointing = True
-    monkeypatch.setattr("agents.models.bagel.network.checkpoint", None)
+    monkeypatch.setattr("agents.models.recompute.checkpoint", None)
     assert torch.isfinite(read(vision_bagel, torch.randn(2, 36, 48))[0]).all()
 
 

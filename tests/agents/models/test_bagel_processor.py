@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agents.models.bagel.config import BagelConfig
 from agents.models.bagel.processor import (
     VAE_TRANSFORM,
     VIT_TRANSFORM,
@@ -38,10 +39,9 @@ def tensors():
     return load_file(DATA / "bagel_release_oracle.safetensors")
 
 
-def make(height=64, width=96, folder=FOLDER, vocab_size=576, vision=VISION, **sizes):
-    return BagelProcessor.from_release(
-        folder, height, width, vocab_size=vocab_size, max_latent_size=16, vision=vision, **sizes
-    )
+def make(height=64, width=96, folder=FOLDER, vocab_size=576, vision=VISION, **settings):
+    config = BagelConfig(vocab_size=vocab_size, max_latent_size=16, vision=vision)
+    return BagelProcessor.from_release(folder, config.with_image_size(height, width), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +240,10 @@ def test_an_image_is_the_key_of_its_noise(processor, tensors):
     both = torch.stack([source, source.flip(2)])
     found = processor.encode_images(both)
     torch.testing.assert_close(found[:1], processor.encode_images(both[:1]), **TOLERANCE)
-    noise = [keyed_posterior_noise(tensors["mid.source_sized"]) for _ in range(2)]
+    noise = [keyed_posterior_noise(tensors["mid.source_sized"], 16, 8) for _ in range(2)]
     assert torch.equal(*noise)
     assert noise[0].shape == (16, 8, 12)
-    other = keyed_posterior_noise(tensors["mid.source_sized"].flip(1))
+    other = keyed_posterior_noise(tensors["mid.source_sized"].flip(1), 16, 8)
     assert (other - noise[0]).abs().mean() > 0.5
 
 
@@ -293,7 +293,8 @@ def test_resized_shares_the_parts(processor):
 
 
 def test_without_a_vision_encoder():
-    processor = BagelProcessor.from_release(FOLDER, 1024, 768, vocab_size=576)
+    config = BagelConfig(vocab_size=576).with_image_size(1024, 768)
+    processor = BagelProcessor.from_release(FOLDER, config)
     assert processor.pixel_size is None
     assert processor.latent_shape == (64 * 48, 64)
 

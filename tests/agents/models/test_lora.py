@@ -11,14 +11,16 @@ from torch import nn
 from agents.models.base import UnifiedModel
 from agents.models.lora import (
     adapters_by_expert,
-    adapters_off,
     add_adapters,
     base_tensors,
     has_adapters,
-    merged_tensors,
+    lora_layers,
+    merge_adapters,
+    switched_off,
 )
 from agents.models.registry import load_model
 from agents.models.toy import ToyModel
+from agents.testing.inputs import outputs_of
 
 BOTH = {"text": 2, "image": 3}
 
@@ -70,7 +72,7 @@ class PlainModel(UnifiedModel[PlainContext]):
     def empty_context(self, batch_size):
         return PlainContext(self.head.weight.new_zeros(batch_size, self.config.width))
 
-    def append_text(self, context, ids, mask=None, *, last_only=False):
+    def append_text(self, context, ids, mask=None):
         states = context.state[:, None] + self.embed(ids).cumsum(1)
         hidden = self.own(self.inner["head"](self.head(states).tanh()).tanh())
         return self.tied(hidden), PlainContext(states[:, -1])
@@ -98,13 +100,9 @@ def any_model(request, small_bagel):
 
 
 def outputs(model):
-    """Logits of a text `[2, 4, V]` and a velocity after it `[2, L, C]`."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, (2, 4), generator=generator)
-    x = torch.randn(2, *model.latent_shape, generator=generator)
+    """Logits of a text and a velocity after it."""
     with torch.no_grad():
-        logits, context = model.append_text(model.empty_context(2), ids)
-        return logits, model.predict_velocity(context, x, torch.tensor([0.2, 0.9]))
+        return outputs_of(model)
 
 
 def assert_same(found, expected):
@@ -124,6 +122,10 @@ def train(model, seed=1):
     for weights in adapters_by_expert(model).values():
         for weight in weights:
             weight.data.normal_(0, 0.1, generator=generator)
+
+
+def adapters_off(model):
+    return switched_off(lora_layers(model).values())
 
 
 def adapted(model, rank=BOTH, **settings):
@@ -352,15 +354,15 @@ def test_merged_weights_need_no_adapters(any_model):
     plain = any_model.frozen_copy()
     trained = outputs(adapted(any_model))
     dtypes = {name: weight.dtype for name, weight in plain.state_dict().items()}
-    merged = dict(merged_tensors(any_model))
+    merge_adapters(any_model)
+    merged = base_tensors(any_model)
     assert {name: tensor.dtype for name, tensor in merged.items()} == dtypes
     plain.load_state_dict(merged)
     # A merged weight in bfloat16 is rounded.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[next(any_model.parameters()).dtype]
-    for found, expected in zip(outputs(plain), trained, strict=True):
-        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
-    # The model itself was not changed.
-    assert_same(outputs(any_model), trained)
+    for model in (plain, any_model):
+        for found, expected in zip(outputs(model), trained, strict=True):
+            torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_sums_are_rounded_once(small_bagel):
@@ -369,9 +371,11 @@ def test_sums_are_rounded_once(small_bagel):
     with torch.no_grad():
         delta = 4 / 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     expected = (layer.weight.float() + delta).bfloat16()
-    assert torch.equal(dict(merged_tensors(model))["llm2vae.weight"], expected)
+    merge_adapters(model)
+    assert torch.equal(base_tensors(model)["llm2vae.weight"], expected)
 
 
-def test_merging_without_adapters_gives_the_weights(small_bagel):
-    merged = dict(merged_tensors(small_bagel))
-    assert_same(merged.values(), small_bagel.state_dict().values())
+def test_merging_without_adapters_changes_nothing(small_bagel):
+    before = small_bagel.frozen_copy().state_dict()
+    merge_adapters(small_bagel)
+    assert_same(base_tensors(small_bagel).values(), before.values())

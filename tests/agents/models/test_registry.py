@@ -53,6 +53,12 @@ def test_source_is_the_name(name):
     assert load_model(name).source == name
 
 
+def test_source_of_a_folder_is_absolute(small_bagel, tmp_path, monkeypatch):
+    small_bagel.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert load_model("model").source == str(tmp_path / "model")
+
+
 def test_every_model_takes_dtype_and_device():
     model = load_model("toy", dtype=torch.bfloat16, device="meta", height=None)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}

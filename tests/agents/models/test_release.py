@@ -14,7 +14,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from agents.models.bagel.config import BagelConfig
 from agents.models.bagel.model import Bagel
-from agents.models.bagel.release import is_release, load_release
+from agents.models.bagel.release import load_release
+from agents.models.bagel.release_files import is_release
 from agents.models.bagel.vision import VisionConfig
 from agents.models.registry import load_model
 

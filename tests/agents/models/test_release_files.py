@@ -1,5 +1,6 @@
 """A model is written as the released BAGEL is laid out."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.models.bagel.release import is_release, load_release, write_release
+from agents.config.schema import ModelSettings
+from agents.models.bagel.release import load_release
+from agents.models.bagel.release_files import is_release, write_release
 from agents.models.registry import load_model
+from agents.training.build import read_saved_model
 
 FOLDER = Path(__file__).parents[2] / "data" / "bagel_release"
 
@@ -45,7 +49,7 @@ def test_saved_model_keeps_the_layout(tmp_path, vision, assert_state):
 
 def test_written_folder_has_every_other_file(tmp_path):
     model = load_release(FOLDER)
-    write_release(model, tmp_path / "new", iter(model.state_dict().items()))
+    write_release(model, tmp_path / "new", model.state_dict())
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {path.name for path in FOLDER.iterdir()}
     for name in names - {"ema.safetensors"}:
@@ -121,6 +125,53 @@ def test_lost_weight_is_not_written(tmp_path):
     model = load_release(FOLDER)
     state = dict(model.state_dict())
     del state["llm2vae.bias"]
-    with pytest.raises(ValueError, match=r"expected 1 more tensors: \['llm2vae.bias'\]"):
+    with pytest.raises(ValueError, match=r"does not fit this Bagel: missing llm2vae.bias"):
         write_release(model, tmp_path / "new", state)
-    assert not is_release(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_index_names_a_weight_that_is_nowhere(release_copy, tmp_path):
+    release_copy.split()
+    index = release_copy.path / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["vit_model.lost"] = "model-0.safetensors"
+    index.write_text(json.dumps(fields))
+    model = load_release(release_copy.path, vision=False)
+    with pytest.raises(ValueError, match=r"model-0.safetensors does not contain tensor vit_model"):
+        write_release(model, tmp_path / "new", model.state_dict())
+    assert not (tmp_path / "new").exists()
+
+
+def test_model_keeps_its_layout_from_another_folder(release_copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load_model(release_copy.path.name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert is_release(model.save_pretrained("saved"))
+
+
+def test_folder_of_the_model_is_gone(release_copy, tmp_path):
+    """The processor would be lost in any other layout."""
+    model = load_release(release_copy.path)
+    release_copy.path.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="expected a model from a released folder"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    model.source = str(tmp_path / "moved")
+    assert is_release(model.save_pretrained(tmp_path / "new"))
+
+
+def test_run_that_goes_on_outlives_its_checkpoint(tmp_path):
+    """A whole model of a checkpoint is written with the files of what the run began with."""
+    first = load_release(FOLDER).save_pretrained(tmp_path / "checkpoint")
+    model = read_saved_model(first, ModelSettings(name=str(FOLDER)))
+    shutil.rmtree(first)
+    assert is_release(model.save_pretrained(tmp_path / "next"))
+
+
+def test_autoencoder_is_gone(release_copy, tmp_path):
+    model = load_release(release_copy.path)
+    (release_copy.path / "ae.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"file at .*ae\.safetensors, found none"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

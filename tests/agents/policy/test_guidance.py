@@ -233,6 +233,10 @@ def test_guided_model_is_the_model_otherwise(small_bagel):
     reader = guided(small_bagel, Guidance(2.0))
     assert reader.vocab_size == small_bagel.vocab_size
     assert reader.latent_shape == small_bagel.latent_shape
+    # Settings of the model count, also those that are made later.
+    small_bagel.max_rows = 3
+    small_bagel.checkpointing = True
+    assert (reader.max_rows, reader.checkpointing) == (3, True)
     lists = small_bagel.parameters_by_expert()
     for expert, weights in reader.parameters_by_expert().items():
         assert all(one is other for one, other in zip(weights, lists[expert], strict=True))

@@ -1,5 +1,7 @@
 """Trainers of a toy and of a small random model, with rewards of their own."""
 
+import copy
+import functools
 import math
 
 import pytest
@@ -20,6 +22,23 @@ SMALL = [
     "env.reward=mean_red",
     "evaluation.prompts=4",
 ]
+
+
+FOLDER = "the folder of the test"
+
+
+@functools.cache
+def composed(overrides):
+    """Settings, composed once for all tests that ask for them."""
+    return load_config([f"output.folder='{FOLDER}'", *overrides])
+
+
+def config_of(folder, overrides):
+    """The settings of a run in `folder`, unless they name another one."""
+    config = copy.deepcopy(composed(tuple(overrides)))
+    if config.output.folder == FOLDER:
+        config.output.folder = str(folder)
+    return config
 
 
 def mean_red(episodes):
@@ -54,7 +73,7 @@ def toy_trainer(rewards, tmp_path):
     """Make a trainer of the toy: `toy_trainer(*overrides)`; its folder is `tmp_path`."""
 
     def make(*overrides):
-        return Trainer(load_config([*TOY, *QUIET, f"output.folder={tmp_path}", *overrides]))
+        return Trainer(config_of(tmp_path, [*TOY, *QUIET, *overrides]))
 
     return make
 
@@ -64,8 +83,7 @@ def small_trainer(rewards, tmp_path):
     """Make a trainer of a given model: `small_trainer(model, *overrides)`."""
 
     def make(model, *overrides):
-        settings = [*SMALL, *QUIET, f"output.folder={tmp_path}", *overrides]
-        return Trainer(load_config(settings), model)
+        return Trainer(config_of(tmp_path, [*SMALL, *QUIET, *overrides]), model)
 
     return make
 

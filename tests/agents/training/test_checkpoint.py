@@ -464,6 +464,7 @@ def test_moved_run_goes_on_where_it_is(saved, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_curves")
 def test_report_of_a_resumed_run_is_the_same(small_bagel, small_trainer, tmp_path):
     """It shows all images of the episodes before training too, which lie before the stop."""
     start = small_bagel.save_pretrained(tmp_path / "start")

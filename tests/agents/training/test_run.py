@@ -80,6 +80,13 @@ def signal_in_iteration(trainer, number, *signals):
 
 
 @pytest.fixture(autouse=True)
+def only_one_with_curves(request):
+    """One test looks at them."""
+    if request.function is not test_report_shows_both_ends_and_the_settings:
+        request.getfixturevalue("no_curves")
+
+
+@pytest.fixture(autouse=True)
 def mean_red():
     """A reward for these tests alone."""
     kept = dict(REWARDS._entries)

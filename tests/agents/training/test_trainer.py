@@ -15,7 +15,7 @@ from unigrpo_env.variants.variant import VARIANTS, make_variant
 pytestmark = pytest.mark.slow
 
 LEARN = [
-    "trainer.iterations=120",
+    "trainer.iterations=40",
     "trainer.groups=8",
     "trainer.group_size=8",
     "trainer.micro_batches=1",
@@ -25,6 +25,11 @@ LEARN = [
     "model.lora.text.rank=0",
     "model.lora.image.rank=0",
     "optimizer.beta2=0.99",
+    # Four times those of `model=toy`, because there are few iterations.
+    "optimizer.text_lr=0.4",
+    "optimizer.image_lr=0.12",
+    "optimizer.warmup=1",
+    "optimizer.decay=0.1",
     "algorithm.text_clip=0.2",
     "env.thought_reward=",
     "evaluation.prompts=64",

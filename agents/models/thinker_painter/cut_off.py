@@ -1,0 +1,70 @@
+"""Texts of which a pipeline's tokenizer would cut off the end, without a word."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from agents.models.thinker_painter.asked import replaced
+
+
+@contextmanager
+def watch_tokenizers(pipeline: Any, call: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Collect in a `with` block what was cut off: one sentence for each tokenizer.
+
+    Args:
+        pipeline: its tokenizers are watched.
+        call: arguments of the pipeline's call.
+    """
+    found: list[str] = []
+    with ExitStack() as stack:
+        for name, tokenizer in pipeline.components.items():
+            if name.startswith("tokenizer") and tokenizer is not None:
+                watched = _Watched(name, tokenizer, _limit(pipeline, call), found)
+                stack.enter_context(replaced(pipeline, **{name: watched}))
+        yield found
+
+
+def _limit(pipeline: Any, call: Mapping[str, Any]) -> int | None:
+    """Tokens that the pipeline keeps of what its tokenizer gives; None where it says nothing."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    if parameter is None:
+        return None
+    kept = call.get("max_sequence_length", parameter.default)
+    # Tokens of a template before the text, which Qwen-Image drops afterwards.
+    return kept + getattr(pipeline, "prompt_template_encode_start_idx", 0)
+
+
+class _Watched:
+    """A tokenizer that counts the tokens which it cuts off; all else is the tokenizer's own."""
+
+    def __init__(self, name: str, tokenizer: Any, limit: int | None, found: list[str]) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._pipeline_limit = limit
+        self._found = found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("truncation"):
+            self._count(text, kwargs)
+        return self._tokenizer(text, *args, **kwargs)
+
+    def _count(self, text: Any, kwargs: dict[str, Any]) -> None:
+        limit = kwargs.get("max_length") or self._tokenizer.model_max_length
+        if self._pipeline_limit is not None and limit > self._pipeline_limit:
+            limit = self._pipeline_limit
+        texts = [text] if isinstance(text, str) else list(text)
+        special = kwargs.get("add_special_tokens", True)
+        whole = self._tokenizer(texts, add_special_tokens=special, verbose=False)
+        lengths = [len(ids) for ids in whole["input_ids"]]
+        too_long = [length for length in lengths if length > limit]
+        if too_long:
+            self._found.append(
+                f"{self._name} keeps {limit} tokens, {len(too_long)} have more, up to "
+                f"{max(too_long)}"
+            )

@@ -1,0 +1,130 @@
+"""A causal language model of transformers, read piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agents.models.recompute import run_again_in_backward
+
+
+class Thinker:
+    """The forward of a language model, in the two halves that are needed here.
+
+    Args:
+        model: a causal language model, or one that also sees images.
+
+    Attributes:
+        model: the same.
+        vocab_size: entries of the logits.
+
+    Raises:
+        ValueError: its layers are no pure attention, or its logits are made in another way than
+            by its head alone.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config = self.model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or [])
+        name = type(model).__name__
+        if kinds - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"expected a thinker of attention layers alone, got {name} with "
+                f"{', '.join(sorted(kinds))}: a state would carry the padding of ragged rows along"
+            )
+        head = self.model.get_output_embeddings()
+        if head is None:
+            raise ValueError(
+                f"expected a thinker that can write, got {name} without a head; load it as a "
+                "causal language model"
+            )
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self.vocab_size = int(head.weight.shape[0])
+        self._check_head(name)
+
+    @torch.no_grad()
+    def _check_head(self, name: str) -> None:
+        """Some families scale or cap their logits in ways of their own."""
+        ids = torch.arange(3, device=self.model.device)[None]
+        expected = self.model(input_ids=ids, use_cache=False).logits
+        found = self.logits(self.model.base_model(input_ids=ids, use_cache=False)[0])
+        if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"expected a thinker whose logits are its head of its last states, got {name}, "
+                "which does more; it is not supported"
+            )
+
+    def states(
+        self,
+        ids: Tensor,
+        valid: Tensor | None,
+        positions: Tensor,
+        cache: Cache,
+        *,
+        checkpointing: bool = False,
+        **image: Any,
+    ) -> Tensor:
+        """Read `ids` after what the cache holds, which grows.
+
+        Args:
+            ids: `[N, T]` int64.
+            valid: `[N, S + T]` bool, also of the slots before; None: all.
+            positions: `[N, T]` int64, or `[3, N, T]` for a model that sees.
+            cache: of N rows and S slots.
+            checkpointing: compute each layer again in the backward pass. The cache must be
+                repeatable then.
+            **image: what else the model takes to see an image.
+
+        Returns:
+            `[N, T, H]`, the states before the head.
+        """
+        with _checkpointed(self.model, checkpointing and torch.is_grad_enabled()):
+            output = self.model.base_model(
+                input_ids=ids,
+                attention_mask=None if valid is None else valid.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **image,
+            )
+        return output[0]
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits `[..., V]` of states `[..., H]`."""
+        logits = self.model.get_output_embeddings()(states)
+        if self._softcap is not None:
+            # Of Gemma 2.
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, active: bool) -> Iterator[None]:
+    """Let each layer keep no activations in a `with` block.
+
+    Transformers has this too, but drops the cache then.
+    """
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not active:
+        layers = []
+    try:
+        for layer in layers:
+            layer.__dict__["forward"] = partial(_run_again, layer.forward)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _run_again(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return run_again_in_backward(partial(forward, **kwargs), *args)
