@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agents.models.recompute import run_again_in_backward
+from agents.models.thinker_painter.cache import empty_cache
 
 
 class Thinker:
@@ -26,8 +27,8 @@ class Thinker:
         vocab_size: entries of the logits.
 
     Raises:
-        ValueError: its layers are no pure attention, or its logits are made in another way than
-            by its head alone.
+        ValueError: its layers are no pure attention, its logits are made in another way than by its
+            head alone, or it does not read ragged rows piece by piece.
     """
 
     model: Any
@@ -40,7 +41,8 @@ class Thinker:
         if kinds - {"full_attention", "sliding_attention"}:
             raise ValueError(
                 f"expected a thinker of attention layers alone, got {name} with "
-                f"{', '.join(sorted(kinds))}: a state would carry the padding of ragged rows along"
+                f"{', '.join(sorted(kinds))}: a state would carry the padding of ragged rows along; "
+                "choose a model without such layers"
             )
         head = self.model.get_output_embeddings()
         if head is None:
@@ -50,18 +52,29 @@ class Thinker:
             )
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.vocab_size = int(head.weight.shape[0])
-        self._check_head(name)
+        self._check_reading(name)
 
     @torch.no_grad()
-    def _check_head(self, name: str) -> None:
-        """Some families scale or cap their logits in ways of their own."""
+    def _check_reading(self, name: str) -> None:
+        """Some families make their logits, or count their positions, in ways of their own."""
         ids = torch.arange(3, device=self.model.device)[None]
         expected = self.model(input_ids=ids, use_cache=False).logits
         found = self.logits(self.model.base_model(input_ids=ids, use_cache=False)[0])
-        if not torch.allclose(found.float(), expected.float(), rtol=1e-3, atol=1e-3):
+        if not _are_close(found, expected):
             raise ValueError(
                 f"expected a thinker whose logits are its head of its last states, got {name}, "
-                "which does more; it is not supported"
+                "which does more; choose a model of another family"
+            )
+        # Again in two pieces with padding between them, as a row of a ragged batch is read.
+        cache = empty_cache()
+        valid = torch.tensor([[True, False, True, True]], device=ids.device)
+        positions = torch.tensor([[0, 1, 1, 2]], device=ids.device)
+        self.states(ids[:, [0, 0]], valid[:, :2], positions[:, :2], cache)
+        later = self.states(ids[:, 1:], valid, positions[:, 2:], cache)
+        if not _are_close(self.logits(later), expected[:, 1:]):
+            raise ValueError(
+                f"expected a thinker that reads a text in pieces with padding between them as it "
+                f"reads it at once, got {name}, which does not; choose a model of another family"
             )
 
     def states(
@@ -106,6 +119,13 @@ class Thinker:
             # Of Gemma 2.
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether logits differ by no more than rounding."""
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 5e-2
+    distance = (found.float() - expected.float()).norm()
+    return bool(distance <= tolerance * expected.float().norm())
 
 
 @contextmanager

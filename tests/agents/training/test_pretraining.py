@@ -62,7 +62,7 @@ def settings(**changes):
 @pytest.mark.parametrize(("name", "part", "least"), ACCURACY)
 def test_shipped_weights_know_every_scenario(name, part, least):
     variant = make_variant(name)
-    prompts = variant.task.prompts("test", 64, 1_000_000)
+    prompts = variant.task.prompts("test", 32, 1_000_000)
     found = evaluate(load_model("tiny"), variant, prompts, temperature=0.0)
     accuracy = found.means[part] if part else found.accuracy
     assert accuracy > least
