@@ -63,7 +63,7 @@ def find_adapters(folder: Path) -> Path:
     Raises:
         ValueError: there are no adapters in it.
     """
-    from agents.models.adapter_files import ADAPTER_CONFIG
+    from agents.models.registry import holds_adapters
     from agents.training.checkpoint import MODEL, checkpoints
 
     # A run writes its last weights where a checkpoint has them. One that was stopped has only
@@ -72,9 +72,9 @@ def find_adapters(folder: Path) -> Path:
     for checkpoint in reversed(checkpoints(folder / "checkpoints") or checkpoints(folder)):
         places.append(checkpoint / MODEL)
     for place in places:
-        if (place / ADAPTER_CONFIG).is_file():
+        if holds_adapters(place):
             return place
     raise ValueError(
-        f"expected a run, a checkpoint or a folder with adapters at {folder}, found no "
-        f"{ADAPTER_CONFIG}; whole weights need no merging: use their folder as model.name"
+        f"expected a run, a checkpoint or a folder with adapters at {folder}, found none; "
+        "whole weights need no merging: use their folder as model.name"
     )

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         argv: the words after `unigrpo pretrain`.
 
     Raises:
-        ValueError: an unknown model or stage.
+        ValueError: an unknown model or stage, or a stage that the model cannot take part in.
     """
     args = _parser().parse_args(argv)
     # Imported here, so that `--help` does not wait for torch.
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     # The seed of the stages is also that of random weights; 0 is the default of both.
     given = _given_settings(args)
     model = _make_model(args.model, given.get("seed", 0))
+    _check_scenarios(model, args.stages)
     with _progress(console) as progress:
         for name in args.stages:
             _train_stage(model, name, STAGES[name], given, progress)
@@ -105,6 +106,22 @@ def _make_model(name: str | None, seed: int) -> Any:
     if name is not None:
         return load_model(name)
     return Bagel(TINY_CONFIG).initialise(seed)
+
+
+def _check_scenarios(model: Any, stages: Sequence[str]) -> None:
+    """Refuse a stage that the model cannot take part in, before the first one begins."""
+    from agents.training.pretraining import STAGES
+    from unigrpo_env.variants.variant import make_variant
+
+    for name in stages:
+        for scenario in STAGES[name].scenarios:
+            try:
+                make_variant(scenario, processor=model.processor)
+            except ValueError as error:
+                raise ValueError(
+                    f"the stage {name!r} needs the scenario {scenario!r}, which this model cannot "
+                    f"play: {error}; name other stages with --stages"
+                ) from error
 
 
 def _progress(console: Console) -> Progress:

@@ -123,7 +123,18 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="tiny", help="known model or folder [tiny]")
+    group.add_argument("--model", help="known model or folder [tiny]")
+    group.add_argument(
+        "--painter",
+        metavar="ID_OR_FOLDER",
+        help="pipeline of diffusers that draws, in place of --model; with --model the place to"
+        " which that of a saved model was moved",
+    )
+    group.add_argument(
+        "--thinker",
+        metavar="ID_OR_FOLDER",
+        help="language model that writes for it; likewise [the text encoder of the painter]",
+    )
     group.add_argument("--device", default="cpu", help="cpu, cuda, ... [cpu]")
     group.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the weights [the model's own]"
@@ -169,9 +180,12 @@ def _load(args: argparse.Namespace, sources: Sequence[Tensor]) -> UnifiedModel[A
     from agents.models.registry import load_model
 
     options: dict[str, Any] = {"device": args.device, "height": args.height, "width": args.width}
+    options |= {"thinker": args.thinker, "painter": args.painter}
     if args.dtype:
         options["dtype"] = getattr(torch, args.dtype)
-    model: Any = load_model(args.model, **options)
+    parts = args.thinker or args.painter
+    name = args.model or ("thinker_painter" if parts else "tiny")
+    model: Any = load_model(name, **options)
     given = args.height or args.width
     if sources and not given and hasattr(model.processor, "source_size"):
         # What is drawn has the size of what is edited.

@@ -10,7 +10,9 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from agents.config.fields import setting
 from agents.config.messages import one_line
+from agents.config.model_settings import ModelSettings
 from agents.config.validation import validate
 
 IMAGE_OBJECTIVES = {
@@ -25,22 +27,6 @@ IMAGE_OBJECTIVES = {
 # need torch: so the settings can be listed without it. A test compares them.
 KERNELS = ("flow_sde", "flow_cps", "dance", "ode")
 RENORMS = ("none", "global", "channel", "text_channel")
-
-
-def setting(default: Any, text: str, **rules: Any) -> Any:
-    """Make a dataclass field with its help and its bounds.
-
-    Args:
-        default: the default value. Each instance gets its own copy of a list.
-        text: one line of help.
-        rules: `at_least`, `above`, `between=(low, high)` (both excluded) or `choices`; and
-            `reason`, why the bound is there. See `agents.config.validation.check_setting`.
-    """
-    metadata = {"help": text, **rules}
-    # A dataclass refuses a list as a default, because all instances would share it.
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -89,57 +75,6 @@ class EnvSettings:
     time_shift: float | None = setting(
         None, "shift of the time grid towards noise; empty: the processor's own"
     )
-
-
-@dataclass
-class ExpertLora:
-    """The low-rank adapters of one expert."""
-
-    rank: int = setting(
-        0, "rank of the adapters; 0: none (the expert is frozen if the other has some)", at_least=0
-    )
-    alpha: float | None = setting(
-        None, "the adapters count alpha / rank; empty: twice the rank", above=0
-    )
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters, which are trained in place of the weights."""
-
-    text: ExpertLora = field(default_factory=ExpertLora)
-    image: ExpertLora = field(default_factory=ExpertLora)
-    targets: list[str] = setting(
-        [], "regular expressions of the layers that get adapters; empty: the model's own"
-    )
-
-
-@dataclass
-class ModelSettings:
-    """The model that is trained."""
-
-    name: str = setting("tiny", "known model, or the folder of a saved one or of a release")
-    height: int | None = setting(
-        None, "height of the images in pixels; empty: the model's own", at_least=1
-    )
-    width: int | None = setting(
-        None, "width of the images in pixels; empty: the model's own", at_least=1
-    )
-    vision: bool = setting(True, "load the vision encoder, of a model that has one")
-    dtype: str = setting(
-        "float32",
-        "dtype of the weights and of the computations; weights that are trained are kept in"
-        " float32 beside it",
-        choices=("float32", "bfloat16"),
-    )
-    device: str = setting("cpu", "device of the model and of the env")
-    max_rows: int | None = setting(
-        None, "images that the model denoises at once; empty: as many as fit", at_least=1
-    )
-    checkpointing: bool = setting(
-        False, "compute the activations of a layer again in the backward pass: less memory"
-    )
-    lora: LoraSettings = field(default_factory=LoraSettings)
 
 
 @dataclass

@@ -25,6 +25,7 @@ def validate(config: Config) -> None:
     _check_prompts(config)
     _check_kernel(config)
     _check_average(config)
+    _check_parts(config)
     _check_lora(config)
 
 
@@ -124,6 +125,21 @@ def _check_average(config: Config) -> None:
         raise ValueError(
             "expected optimizer.ema beside evaluation.ema=true, got none: without it no average "
             "of the weights is kept; set optimizer.ema=0.99"
+        )
+
+
+def _check_parts(config: Config) -> None:
+    model = config.model
+    if model.kind and not model.painter:
+        raise ValueError(
+            f"expected model.painter beside model.kind={model.kind}, got none: give the folder or "
+            "the hub id of a diffusers pipeline"
+        )
+    parts = [name for name in ("thinker", "painter") if getattr(model, name)]
+    if parts and not model.kind:
+        raise ValueError(
+            f"expected model.kind beside model.{parts[0]}={getattr(model, parts[0])}, got none: "
+            "set model.kind=thinker_painter to put a model together from parts"
         )
 
 

@@ -81,7 +81,7 @@ def load_adapters(model: UnifiedModel[Any], folder: str | Path) -> None:
             f"{fields.get('peft_type')!r} with {len(tensors)} tensors; other adapters of PEFT are "
             "not supported"
         )
-    alphas = {name: _saved_alpha(fields, name, rank) for name, rank in ranks.items()}
+    alphas = {name: saved_alpha(fields, name, rank) for name, rank in ranks.items()}
     source = f"{folder}, adapters of {fields.get('base_model_name_or_path')!r},"
     fill_adapters(model, tensors, alphas, source)
 
@@ -129,8 +129,14 @@ def _saved_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return ranks
 
 
-def _saved_alpha(fields: Mapping[str, Any], name: str, rank: int) -> float:
-    """The alpha of one layer, given the settings that PEFT wrote."""
+def saved_alpha(fields: Mapping[str, Any], name: str, rank: int) -> float:
+    """The alpha of one layer.
+
+    Args:
+        fields: settings that PEFT wrote, with `lora_alpha`.
+        name: of the layer.
+        rank: of its adapter.
+    """
     from peft.utils.other import get_pattern_key
 
     patterns = fields.get("alpha_pattern") or {}

@@ -327,17 +327,28 @@ class UnifiedModel(nn.Module, ABC, Generic[ContextT]):
             save_adapters(self, folder)
         return folder
 
+    @classmethod
+    def holds_adapters(cls, folder: Path) -> bool:
+        """Whether a model of this class wrote adapters alone to a folder.
+
+        Args:
+            folder: of the model.
+        """
+        from agents.models.adapter_files import ADAPTER_CONFIG
+
+        return (folder / ADAPTER_CONFIG).is_file()
+
     def load_saved(self, folder: str | Path) -> None:
         """Fill this model in place with what its `save_pretrained` wrote.
 
         Raises:
             ValueError: a file is missing or damaged, or does not fit; nothing has changed then.
         """
-        from agents.models.adapter_files import ADAPTER_CONFIG, load_adapters
+        from agents.models.adapter_files import load_adapters
 
         folder = Path(folder)
         has_adapters = self.adapted_layers is not None
-        if (folder / ADAPTER_CONFIG).is_file() != has_adapters:
+        if self.holds_adapters(folder) != has_adapters:
             raise ValueError(
                 f"expected {'adapters' if has_adapters else 'whole weights'} in {folder}, as this "
                 f"{type(self).__name__} has them, got none; were the settings of the adapters "

@@ -9,9 +9,15 @@ from typing import Any
 from agents.storage import CONFIG, read_config, write_json
 
 
-def write_model_config(model: Any, folder: Path) -> None:
-    """Write `model.config`; the name of the class comes first, for `load_model`."""
-    fields = {"model": type(model).__name__, **dataclasses.asdict(model.config)}
+def write_model_config(model: Any, folder: Path, config: Any = None) -> None:
+    """Write the config of a model; the name of the class comes first, for `load_model`.
+
+    Args:
+        model: its class is named.
+        folder: of the model.
+        config: in place of the model's own.
+    """
+    fields = {"model": type(model).__name__, **dataclasses.asdict(config or model.config)}
     write_json(fields, folder / CONFIG)
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from agents.models.adapter_files import ADAPTER_CONFIG, load_adapters
 from agents.models.base import UnifiedModel
-from agents.storage import read_config, read_json_object
+from agents.storage import CONFIG, read_config, read_json_object
 from rewards.registry import Registry, did_you_mean
 
 TINY = Path(__file__).parent / "tiny"
@@ -28,6 +28,7 @@ MODELS: Registry[ModelFactory] = Registry("model", entry_point_group="unigrpo.mo
 # seconds to import.
 MODELS.add("tiny", "agents.models.bagel.tiny_config:load_tiny")
 MODELS.add("toy", "agents.models.toy:ToyModel")
+MODELS.add("tiny_painter", "agents.models.thinker_painter.tiny_shapes:make_tiny_painter")
 MODELS.add("thinker_painter", "agents.models.thinker_painter.loading:load_thinker_painter")
 
 MODEL_CLASSES: Registry[type[UnifiedModel[Any]]] = Registry(
@@ -110,6 +111,21 @@ def load_model(name: str, **options: Any) -> UnifiedModel[Any]:
     return _make(factory, name, given)
 
 
+def holds_adapters(folder: Path) -> bool:
+    """Whether a model wrote adapters alone to a folder, as training with them does.
+
+    Args:
+        folder: of the model, if there is one.
+    """
+    # Adapters of most classes come without a config: they name the model that they belong to.
+    if UnifiedModel.holds_adapters(folder):
+        return True
+    if not (folder / CONFIG).is_file():
+        return False
+    name = str(read_json_object(folder / CONFIG).get("model"))
+    return name in MODEL_CLASSES and MODEL_CLASSES[name].holds_adapters(folder)
+
+
 def source_of(name: str) -> str:
     """What is written down of a model's name: a path is made absolute, to be found from anywhere.
 
@@ -125,8 +141,8 @@ def _make(factory: ModelFactory, name: str, options: dict[str, Any]) -> UnifiedM
     unknown = sorted(options.keys() - taken.keys() - {"dtype", "device"})
     if unknown:
         raise ValueError(
-            f"expected no option but dtype and device for the model {name!r}, got "
-            f"{', '.join(unknown)}; leave them out, or load a released BAGEL"
+            f"expected no option that the model {name!r} does not take, got {', '.join(unknown)}; "
+            "leave them out, or choose a model that has them"
         )
     model = factory(**{key: value for key, value in options.items() if key in taken})
     # A model that does not take these two itself is changed after it was made.

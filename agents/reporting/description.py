@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from agents.config.model_settings import ModelSettings
 from agents.config.schema import AlgorithmSettings, Config
 from unigrpo_env.variants.variant import Variant
 
@@ -48,9 +49,15 @@ def describe(config: Config, variant: Variant) -> dict[str, str]:
         "algorithm": algorithm_name(config.algorithm),
         "scenario": config.env.variant,
         "reward": _reward_text(variant.reward),
-        "model": config.model.name,
+        "model": _model_name(config.model),
         "learning rates": f"{optimizer.text_lr:g} (text), {optimizer.image_lr:g} (image)",
     }
+
+
+def _model_name(settings: ModelSettings) -> str:
+    """The model's name, or the names of its parts."""
+    parts = [name for name in (settings.thinker, settings.painter) if name]
+    return f"{settings.source} ({' + '.join(parts)})" if parts else settings.source
 
 
 def algorithm_name(settings: AlgorithmSettings) -> str:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
+from agents.config.model_settings import LoraSettings, ModelSettings
 from agents.config.schema import (
     Config,
     EnvSettings,
     GuidanceSettings,
-    LoraSettings,
-    ModelSettings,
 )
 from agents.models.adapter_files import ADAPTER_CONFIG
 from agents.models.base import UnifiedModel
@@ -85,7 +84,7 @@ def build_model(config: Config) -> UnifiedModel[Any]:
     Raises:
         ValueError: an unknown model, settings that it does not take, or a device that is not there.
     """
-    return place_model(read_model(config.model.name, config.model), config)
+    return place_model(read_model(config.model.source, config.model), config)
 
 
 def read_model(name: str, settings: ModelSettings) -> UnifiedModel[Any]:
@@ -101,6 +100,12 @@ def read_model(name: str, settings: ModelSettings) -> UnifiedModel[Any]:
     # None stands for "not set" in `load_model` too; a model without these options refuses others.
     return load_model(
         name,
+        thinker=settings.thinker or None,
+        painter=settings.painter or None,
+        tells=settings.tells,
+        strict=settings.strict,
+        reads_base=settings.reads_base,
+        thinking=settings.thinking,
         height=settings.height,
         width=settings.width,
         vision=None if settings.vision else False,
@@ -122,17 +127,17 @@ def read_saved_model(folder: Path, settings: ModelSettings) -> UnifiedModel[Any]
     if not (folder / ADAPTER_CONFIG).is_file():
         model = read_model(str(folder), settings)
         # The checkpoint may be dropped while the run goes on. What it began with stays.
-        if Path(settings.name).is_dir():
-            model.source = source_of(settings.name)
+        if Path(settings.source).is_dir():
+            model.source = source_of(settings.source)
         return model
     source = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    model = read_model(settings.name, settings)
+    model = read_model(settings.source, settings)
     # A base that is no longer there was moved, and the settings say where to.
     was_moved = source is not None and source not in MODELS and not Path(source).is_dir()
     if source is None or (source_of(source) != model.source and not was_moved):
         raise ValueError(
             f"expected the model {source!r}, to which the adapters in {folder} belong, got "
-            f"model.name={settings.name!r}; name that model, or give the trainer's own as `model`"
+            f"model.name={settings.source!r}; name that model, or give the trainer's own as `model`"
         )
     return model
 

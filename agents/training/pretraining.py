@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from agents.config.schema import setting
+from agents.config.fields import setting
 from agents.models.base import UnifiedModel
 from agents.training.supervised import require_demonstrations, sample_losses
 from unigrpo_env.tasks.task import Demonstration, DemonstrationTask

@@ -1,13 +1,14 @@
 """Speed and memory, one JSON line a figure.
 
-    python tests/benchmarks/bench.py [--pairs 20] [--only a | memory]
+    python tests/benchmarks/bench.py [--pairs 20] [--only a | memory | painter]
 
 (a) collecting through the env against a bare loop of the same model calls; (b) a whole iteration
 against that loop with an update written by hand; (c) the share of an iteration inside the model's
 forward and backward; (d) bytes kept a trajectory against what training must have; (e) cost against
 episodes, denoising steps and thought length; (f) time and memory of a rollout and of a training
 pass when the images of an episode double, beside what the arithmetic says: the linear cost of what
-a round adds, plus attention to all that stands; (g) memory, see `memory.py`.
+a round adds, plus attention to all that stands; (g) memory, see `memory.py`; (h) what asking a
+pipeline of diffusers costs, see `painting.py`.
 
 The loops run in turn (one, other, one again). A ratio is the median over such rounds of the mean of
 `one`'s two times over `other`'s between them, so that a machine that slows down for a while slows
@@ -25,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import memory
+import painting
 import torch
 from bare_loop import OPEN_IMAGE, Bare, W
 from torch import Tensor
@@ -308,6 +310,8 @@ def figures(only: str, pairs: int) -> Iterator[Figure]:
         yield from speed(only, pairs)
     if "g" in only:
         yield from memory.figures()
+    if "h" in only:
+        yield from painting.figures(pairs)
 
 
 def speed(only: str, pairs: int) -> Iterator[Figure]:
@@ -347,10 +351,11 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument(
-        "--only", default="abcdefg", help="letters of the figures to take; memory is g"
+        "--only", default="abcdefgh", help="letters of the figures; memory is g, painter is h"
     )
     arguments = parser.parse_args()
-    for figure in figures(arguments.only.replace("memory", "g"), arguments.pairs):
+    only = arguments.only.replace("memory", "g").replace("painter", "h")
+    for figure in figures(only, arguments.pairs):
         print(json.dumps({**figure, "threads": torch.get_num_threads()}), flush=True)
 
 

@@ -46,6 +46,7 @@ def memory(monkeypatch):
 def test_bench_prints_figures(tmp_path, monkeypatch, capsys):
     """Of few episodes, in this process; what it imports from its folder is imported before."""
     load_module("memory", monkeypatch)
+    load_module("painting", monkeypatch)
     load_module("bare_loop", monkeypatch)
     bench = load_module("bench", monkeypatch)
     few = ["trainer.groups=2", "trainer.group_size=4"]

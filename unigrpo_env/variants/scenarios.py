@@ -14,6 +14,7 @@ from unigrpo_env.tasks.shapes.editing import DialogueTask, EditTask
 from unigrpo_env.tasks.shapes.multi_image import ReflectTask, StoryTask
 from unigrpo_env.tasks.shapes.processor import ShapesProcessor
 from unigrpo_env.tasks.shapes.text_to_image import ShapesTask
+from unigrpo_env.tasks.shapes.vocabulary import words
 from unigrpo_env.tasks.task import Task
 from unigrpo_env.variants.variant import RewardSpec, Scenario, Variant
 
@@ -30,11 +31,11 @@ def play(
     """A scenario with the parts that were given, and those of the shapes world for the others.
 
     Raises:
-        ValueError: another backbone's processor without a task or a reward.
+        ValueError: no task or reward for a processor that does not know the shapes world.
     """
     if processor is None:
         processor = ShapesProcessor()
-    if not isinstance(processor, ShapesProcessor):
+    if not _knows_shapes(processor):
         for name, part in (("task (env.prompts)", task), ("reward (env.reward)", reward)):
             if part is None:
                 raise ValueError(
@@ -46,6 +47,14 @@ def play(
     if reward is None:
         reward = shapes_reward
     return scenario.variant(processor, task, reward)
+
+
+def _knows_shapes(processor: Processor) -> bool:
+    """Whether a processor has the words of the shapes world, and draws images of its size."""
+    if processor.image_size != ShapesProcessor().image_size:
+        return False
+    text = " ".join(words())
+    return processor.decode_text(processor.encode_text(text)) == text
 
 
 def make_scenario(

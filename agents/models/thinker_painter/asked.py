@@ -18,6 +18,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
+from agents.models.thinker_painter.told_time import ToldTime
+
 _MISSING = object()
 
 
@@ -87,6 +89,18 @@ class AskedPipeline:
         config = pipeline.scheduler.config
         # Pipelines read their shifts from it.
         self._one_time = _OneTime.from_config({k: v for k, v in config.items() if k in known})
+        self._told: ToldTime | None = None
+        # A pipeline looks through all its modules for this, which takes longer than all else here.
+        self._device: torch.device | None = None
+        self._device_of: torch.device | None = None
+        members = {"_execution_device": property(lambda _: self._device)}
+        self._same_device = type(type(pipeline).__name__, (type(pipeline),), members)
+
+    def moved_to(self, pipeline: Any) -> AskedPipeline:
+        """The same questions to a copy of the pipeline."""
+        other = AskedPipeline(pipeline, self.call)
+        other._told = self._told
+        return other
 
     def encode(self, texts: Sequence[str], source: Source | None = None) -> Any:
         """What the pipeline's own `encode_prompt` returns for these texts."""
@@ -116,11 +130,15 @@ class AskedPipeline:
         Returns:
             Velocity and latents as they came to the scheduler.
         """
-        scale = self._one_time.config["num_train_timesteps"]
-        self._one_time.asked = times[None] * scale
+        told = times if self._told is None else self._told(times)
+        self._one_time.asked = told[None] * self._one_time.config["num_train_timesteps"]
         rows = len(times) if latents is None else len(latents)
         members = self._members(conditions, latents)
-        with replaced(self.pipeline, **members), _encoded_once(self.pipeline, source):
+        with (
+            replaced(self.pipeline, **members),
+            _encoded_once(self.pipeline, source),
+            self._known_device(),
+        ):
             self._run([""] * rows, source, output_type="latent")
         velocity = self._one_time.velocity
         sample = self._one_time.sample
@@ -132,6 +150,21 @@ class AskedPipeline:
                 "no call of scheduler.step; it is no flow-matching pipeline of the usual form"
             )
         return velocity, sample
+
+    @contextmanager
+    def _known_device(self) -> Iterator[None]:
+        """Spare the pipeline the search for its device, which changes with that of its weights."""
+        pipeline = self.pipeline
+        weights = next(pipeline.transformer.parameters()).device
+        if self._device_of != weights:
+            self._device = pipeline._execution_device
+            self._device_of = weights
+        own = type(pipeline)
+        pipeline.__class__ = self._same_device
+        try:
+            yield
+        finally:
+            pipeline.__class__ = own
 
     def decode(self, conditions: Any, latents: Tensor, source: Source | None = None) -> Tensor:
         """Images `[N, 3, height, width]` in [0, 1]."""
@@ -157,15 +190,40 @@ class AskedPipeline:
         with replaced(self.pipeline, **members), _encoded_once(self.pipeline, source):
             return self._run([""] * len(latents), source, output_type="pt")
 
+    def learn_told_time(self, conditions: Any, source: Source | None = None) -> None:
+        """Find out which time the transformer is told at each flow time.
+
+        Raises:
+            ValueError: it depends on the number of steps.
+        """
+        told_time: ToldTime | None = None
+        for steps in (self._one_time.config["num_train_timesteps"], 10):
+            times, told = self._schedule(conditions, steps, source)
+            if told_time is None:
+                told_time = ToldTime(times[:-1], told)
+            elif not told_time.agrees(times[:-1], told):
+                raise ValueError(
+                    f"expected {type(self.pipeline).__name__} to tell its transformer a time that "
+                    f"follows from the flow time, got others for {steps} steps than for more"
+                )
+        self._told = told_time
+
     def sigmas(self, conditions: Any, steps: int, source: Source | None = None) -> Tensor:
         """`[steps + 1]` flow times of the pipeline's own schedule."""
+        return self._schedule(conditions, steps, source)[0]
+
+    def _schedule(
+        self, conditions: Any, steps: int, source: Source | None
+    ) -> tuple[Tensor, Tensor]:
+        """`[steps + 1]` flow times, and `[steps]` what the transformer is told, in [0, 1]."""
         scheduler = self.pipeline.scheduler
         own = scheduler.set_timesteps
-        found: list[Tensor] = []
+        scale = self._one_time.config["num_train_timesteps"]
+        found: list[tuple[Tensor, Tensor]] = []
 
         def _set_timesteps(*args: Any, **kwargs: Any) -> None:
             own(*args, **kwargs)
-            found.append(scheduler.sigmas.clone())
+            found.append((scheduler.sigmas.cpu().clone(), scheduler.timesteps.cpu() / scale))
             raise _AnsweredError
 
         # Pipelines look there for what they may ask of a scheduler.

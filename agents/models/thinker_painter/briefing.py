@@ -40,6 +40,9 @@ def briefs(
         painter: encodes the texts.
         telling: makes them.
         with_grad: whether gradients may flow into the text encoder.
+
+    Raises:
+        ValueError: the painter draws with a source alone, and a row has none.
     """
     if with_grad in context.briefs:
         return context.briefs[with_grad]
@@ -54,6 +57,8 @@ def briefs(
         source = reading.sources[row] if reading.sources else None
         sources[id(source)] = source
         keys.append((texts[row], id(source), with_grad))
+    if painter.needs_source:
+        _check_sources(keys, painter)
     # Rows of one source are drawn together: a pipeline takes one for all its rows.
     found = []
     for source_id, source in sources.items():
@@ -68,6 +73,16 @@ def briefs(
         result = [Brief(torch.tensor(r, device=device), c, s) for r, c, s in found]
     context.briefs[with_grad] = result
     return result
+
+
+def _check_sources(keys: Sequence[TextKey], painter: Painter) -> None:
+    missing = sum(source == id(None) for _, source, _ in keys)
+    if missing:
+        raise ValueError(
+            f"expected an image to edit in each row, because {type(painter.pipeline).__name__} "
+            f"draws with one alone, got {missing} of {len(keys)} rows without; play a scenario "
+            "whose prompts have sources, such as edit, or take a painter that needs none"
+        )
 
 
 def row_texts(reading: Reading, telling: Telling) -> list[str]:
@@ -96,10 +111,12 @@ def _encode(
     new = [key for key in dict.fromkeys(keys) if key not in known]
     if not new:
         return
-    with torch.set_grad_enabled(with_grad):
-        conditions = painter.encode([text for text, *_ in new], source)
-    for row, key in enumerate(new):
-        known[key] = conditions, row
+    batches = [new] if painter.reads_together else [[key] for key in new]
+    for batch in batches:
+        with torch.set_grad_enabled(with_grad):
+            conditions = painter.encode([text for text, *_ in batch], source)
+        for row, key in enumerate(batch):
+            known[key] = conditions, row
 
 
 def _joined(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jinja2 import TemplateError
+
 _USER = "\ue000"
 _ANSWER = "\ue001"
 _SYSTEM = "\ue002"
@@ -43,6 +45,7 @@ class ChatLayout:
         unanswered = self._render([("user", _USER)]).split(_USER)[1]
         self.answering = self.closing.removeprefix(unanswered)
         self.end, self.next_turn = self._find_end(name)
+        self._system, self._opening_after_system = self._find_system()
 
     def _find_end(self, name: str) -> tuple[int, str]:
         """The token that ends an answer, and the text from there to the user's next words."""
@@ -71,36 +74,26 @@ class ChatLayout:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def system(self, words: str) -> str:
-        """Text of a system message; empty for no words.
-
-        Raises:
-            ValueError: the template takes no system message.
-        """
-        if not words:
-            return ""
+    def _find_system(self) -> tuple[str, str]:
+        """Text of a system message around its words, and what opens the user's words after it."""
         try:
-            text = self._render([("system", _SYSTEM), ("user", _USER)])
-            # Up to the words of the user, but for what opens them in every turn.
-            before = text.split(_USER)[0]
-            user_opening = _common_end(before, self.next_turn)
-            before = before.removesuffix(user_opening)
-            if _SYSTEM not in before:
-                raise ValueError("it leaves the system message out")
-        except Exception as error:
-            raise ValueError(
-                f"expected a chat template that takes a system message, got one that does not "
-                f"({error}); set env.system_prompt='' or write the text into the prompts"
-            ) from error
-        return before.replace(_SYSTEM, words)
+            before = self._render([("system", _SYSTEM), ("user", _USER)]).split(_USER)[0]
+        except TemplateError:
+            before = ""
+        if _SYSTEM not in before:
+            # There is no role for it, as in Gemma's template: it heads the words of the user.
+            return f"{self.opening}{_SYSTEM}\n\n", ""
+        opening = _common_end(before, self.next_turn)
+        return before.removesuffix(opening), opening
 
-    def prompt(self, words: str, system: str, answers: bool) -> tuple[str, str]:
-        """Text before and after the place of the sources, which is before the user's words."""
-        if system:
-            before = self._render([("system", system), ("user", _USER)]).split(_USER)[0]
-        else:
-            before = self.opening
-        return before, words + self._end_of_turn(answers)
+    def system(self, words: str) -> str:
+        """Text of a system message, with which a prompt begins; empty for no words."""
+        return self._system.replace(_SYSTEM, words) if words else ""
+
+    def prompt(self, words: str, system: str, answers: bool) -> tuple[str, str, str]:
+        """Text of the system, what opens the user's words, and these with what follows them."""
+        opening = self._opening_after_system if system else self.opening
+        return self.system(system), opening, words + self._end_of_turn(answers)
 
     def turn(self, words: str, answers: bool) -> str:
         """Text after an answer's end mark: the user's next words, up to the next answer."""

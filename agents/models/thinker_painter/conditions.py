@@ -75,6 +75,21 @@ def find_layout(one: Any, two: Any) -> Layout:
     return Rows.TENSOR
 
 
+def layout_of_one(value: Any) -> Layout:
+    """A guess from one text alone, for a pipeline that takes no more: what has one row has its row.
+
+    Args:
+        value: what `encode_prompt` gave for it.
+    """
+    if isinstance(value, list) and len(value) == 1:
+        return Rows.LIST
+    if isinstance(value, tuple | list):
+        return tuple(layout_of_one(part) for part in value)
+    if isinstance(value, Tensor) and value.shape[:1] != (1,):
+        return Rows.SHARED
+    return Rows.TENSOR
+
+
 def _select(value: Any, layout: Layout, rows: Tensor, indices: list[int]) -> Any:
     if isinstance(layout, tuple):
         parts = [_select(*part, rows, indices) for part in zip(value, layout, strict=True)]

@@ -35,6 +35,9 @@ class ThinkerPainterConfig:
         thinking: the option `enable_thinking` of the chat template; None for its own default.
         system: what the thinker reads before a prompt.
         call: further arguments of the pipeline's call.
+        budgets: of scenarios, see `Processor.scenario_defaults`; empty: those of chat models.
+        base: folder of a saved model whose whole weights stand in place of those of the parts;
+            empty: the weights are the parts' own, or beside this config.
     """
 
     thinker: str = ""
@@ -47,6 +50,8 @@ class ThinkerPainterConfig:
     thinking: bool | None = None
     system: str = SYSTEM_PROMPT
     call: dict[str, Any] = field(default_factory=dict)
+    budgets: dict[str, int] = field(default_factory=dict)
+    base: str = ""
 
     def of_painter(self, painter: Painter) -> ThinkerPainterConfig:
         """The same with what a painter was made with."""

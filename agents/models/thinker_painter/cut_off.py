@@ -14,17 +14,26 @@ from agents.models.thinker_painter.asked import replaced
 def watch_tokenizers(pipeline: Any, call: Mapping[str, Any]) -> Iterator[list[str]]:
     """Collect in a `with` block what was cut off: one sentence for each tokenizer.
 
+    There is none where one of the tokenizers kept the whole text: CLIP's cuts most texts off, but
+    T5's beside it reads on.
+
     Args:
         pipeline: its tokenizers are watched.
         call: arguments of the pipeline's call.
     """
+    limit = _limit(pipeline, call)
     found: list[str] = []
     with ExitStack() as stack:
+        all_watched = []
         for name, tokenizer in pipeline.components.items():
             if name.startswith("tokenizer") and tokenizer is not None:
-                watched = _Watched(name, tokenizer, _limit(pipeline, call), found)
+                watched = _Watched(name, tokenizer, limit)
                 stack.enter_context(replaced(pipeline, **{name: watched}))
+                all_watched.append(watched)
         yield found
+    used = [watched for watched in all_watched if watched.texts]
+    if all(watched.too_long for watched in used):
+        found += [watched.sentence() for watched in used]
 
 
 def _limit(pipeline: Any, call: Mapping[str, Any]) -> int | None:
@@ -33,18 +42,21 @@ def _limit(pipeline: Any, call: Mapping[str, Any]) -> int | None:
     if parameter is None:
         return None
     kept = call.get("max_sequence_length", parameter.default)
-    # Tokens of a template before the text, which Qwen-Image drops afterwards.
-    return kept + getattr(pipeline, "prompt_template_encode_start_idx", 0)
+    # Tokens of a template before the text, which some families drop afterwards.
+    names = ("prompt_template_encode_start_idx", "user_prompt_begin_id")
+    return kept + sum(getattr(pipeline, name, 0) for name in names)
 
 
 class _Watched:
     """A tokenizer that counts the tokens which it cuts off; all else is the tokenizer's own."""
 
-    def __init__(self, name: str, tokenizer: Any, limit: int | None, found: list[str]) -> None:
+    def __init__(self, name: str, tokenizer: Any, limit: int | None) -> None:
         self._name = name
         self._tokenizer = tokenizer
         self._pipeline_limit = limit
-        self._found = found
+        self._kept = 0
+        self.texts = 0
+        self.too_long: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
@@ -55,16 +67,22 @@ class _Watched:
         return self._tokenizer(text, *args, **kwargs)
 
     def _count(self, text: Any, kwargs: dict[str, Any]) -> None:
-        limit = kwargs.get("max_length") or self._tokenizer.model_max_length
-        if self._pipeline_limit is not None and limit > self._pipeline_limit:
-            limit = self._pipeline_limit
+        own_limit = self._tokenizer.model_max_length
+        limit = kwargs.get("max_length") or own_limit
+        # CLIP's own limit holds whatever the pipeline takes from another encoder.
+        if self._pipeline_limit is not None and limit != own_limit:
+            limit = min(limit, self._pipeline_limit)
         texts = [text] if isinstance(text, str) else list(text)
         special = kwargs.get("add_special_tokens", True)
         whole = self._tokenizer(texts, add_special_tokens=special, verbose=False)
         lengths = [len(ids) for ids in whole["input_ids"]]
-        too_long = [length for length in lengths if length > limit]
-        if too_long:
-            self._found.append(
-                f"{self._name} keeps {limit} tokens, {len(too_long)} have more, up to "
-                f"{max(too_long)}"
-            )
+        self.texts += len(lengths)
+        self.too_long += [length for length in lengths if length > limit]
+        self._kept = limit
+
+    def sentence(self) -> str:
+        """What was cut off."""
+        return (
+            f"{self._name} keeps {self._kept} tokens, {len(self.too_long)} have more, up to "
+            f"{max(self.too_long)}"
+        )

@@ -12,10 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from diffusers.loaders import SD3LoraLoaderMixin
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from agents.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fill_adapters
+from agents.models.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    fill_adapters,
+    saved_alpha,
+)
 from agents.models.base import UnifiedModel
 from agents.models.lora import ADAPTER, adapter_weights, lora_layers
 from agents.storage import read_json_object, read_tensors, write_json, write_tensors
@@ -30,6 +36,10 @@ LORA_METADATA = "lora_adapter_metadata"
 """Entry of that file's header in which diffusers looks for rank and alpha."""
 TRANSFORMER_WEIGHTS = "diffusion_pytorch_model.safetensors"
 """Name of the whole weights of a part of diffusers."""
+TRANSFORMER = "transformer"
+"""Name of the painter's network, in the model, the pipeline and its folder."""
+ONE_FILE = {"max_shard_size": "999GB"}
+"""For `save_pretrained`: a part of one file cannot be of another training step."""
 PEFT_PREFIX = "base_model.model."
 """Before the names of a model in a file of PEFT."""
 
@@ -51,21 +61,23 @@ def write_adapters(model: UnifiedModel[Any], pipeline: Any, folder: Path, base: 
         config = {**_lora_config(model, THINKER), "base_model_name_or_path": base or None}
         write_json({**config, "task_type": "CAUSAL_LM"}, folder / THINKER / ADAPTER_CONFIG)
     if painter:
-        type(pipeline).save_lora_weights(
+        # Some pipelines have no loader of adapters; the file is the same for all.
+        writer: Any = pipeline if hasattr(pipeline, "save_lora_weights") else SD3LoraLoaderMixin
+        writer.save_lora_weights(
             folder / PAINTER,
             transformer_lora_layers=painter,
             # Without it alpha would be lost, and the adapters would count with another factor.
-            transformer_lora_adapter_metadata=_lora_config(model, "transformer"),
+            transformer_lora_adapter_metadata=_lora_config(model, TRANSFORMER),
         )
 
 
 def adapter_tensors(model: UnifiedModel[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The adapters of thinker and painter, under their names in each part."""
-    parts: dict[str, dict[str, Tensor]] = {THINKER: {}, "transformer": {}}
+    parts: dict[str, dict[str, Tensor]] = {THINKER: {}, TRANSFORMER: {}}
     for name, weight in adapter_weights(model).items():
         part, _, own = name.removeprefix(PEFT_PREFIX).partition(".")
         parts[part][own] = weight.detach()
-    return parts[THINKER], parts["transformer"]
+    return parts[THINKER], parts[TRANSFORMER]
 
 
 def _lora_config(model: UnifiedModel[Any], part: str) -> dict[str, Any]:
@@ -77,15 +89,20 @@ def _lora_config(model: UnifiedModel[Any], part: str) -> dict[str, Any]:
         owner, _, own = name.partition(".")
         if owner == part:
             layers[own] = layer
-    # All adapters of an expert have one rank and one alpha.
-    first: Any = next(iter(layers.values()))
-    rank = first.r[ADAPTER]
+    names = sorted(layers)
+    ranks = {name: layers[name].r[ADAPTER] for name in names}
+    alphas = {name: layers[name].lora_alpha[ADAPTER] for name in names}
+    # Those of another program may differ from layer to layer.
+    rank, alpha = ranks[names[0]], alphas[names[0]]
     config = LoraConfig(
-        r=rank, lora_alpha=first.scaling[ADAPTER] * rank, target_modules=sorted(layers)
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=names,
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
     )
-    fields = config.to_dict()
-    fields["target_modules"] = sorted(layers)
-    return fields
+    # PEFT makes a set of the names, which JSON does not have.
+    return {**config.to_dict(), "target_modules": names}
 
 
 def has_adapters_in(folder: Path) -> bool:
@@ -107,29 +124,75 @@ def read_adapters(model: UnifiedModel[Any], folder: Path) -> None:
         fields = read_json_object(folder / THINKER / ADAPTER_CONFIG)
         for name, tensor in read_tensors(folder / THINKER / ADAPTER_WEIGHTS).items():
             own = name.removeprefix(PEFT_PREFIX)
-            _add(tensors, alphas, f"{THINKER}.{own}", tensor, fields.get("lora_alpha"))
+            _add(tensors, alphas, f"{THINKER}.{own}", tensor, fields)
     path = folder / PAINTER / LORA_WEIGHTS
     if path.is_file():
-        alpha = _lora_metadata(path).get("transformer.lora_alpha")
+        fields = _lora_metadata(path)
         for name, tensor in read_tensors(path).items():
-            _add(tensors, alphas, name, tensor, alpha)
+            _add(tensors, alphas, name, tensor, fields)
     fill_adapters(model, tensors, alphas, f"{folder}, adapters,")
 
 
 def _add(
-    tensors: dict[str, Tensor], alphas: dict[str, float], name: str, tensor: Tensor, alpha: Any
+    tensors: dict[str, Tensor],
+    alphas: dict[str, float],
+    name: str,
+    tensor: Tensor,
+    fields: Mapping[str, Any],
 ) -> None:
-    layer, _, matrix = name.partition(".lora_")
+    """Add a tensor, and the alpha of its layer.
+
+    Args:
+        tensors: grows.
+        alphas: grows.
+        name: of the tensor, with the part that it is in.
+        tensor: A or B.
+        fields: settings of the part's adapters.
+    """
     tensors[PEFT_PREFIX + name] = tensor
-    # A file without alpha was made for a factor of 1; A has as many rows as the rank.
+    layer, _, matrix = name.partition(".lora_")
     if matrix.startswith("A"):
-        alphas[layer] = len(tensor) if alpha is None else float(alpha)
+        # A has as many rows as the rank. A file without alpha was made for a factor of 1.
+        rank = len(tensor)
+        own = layer.partition(".")[2]
+        alphas[layer] = saved_alpha({"lora_alpha": rank, **fields}, own, rank)
 
 
 def _lora_metadata(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        found: dict[str, Any] = json.loads((file.metadata() or {}).get(LORA_METADATA, "{}"))
-        return found
+    """The settings of the transformer's adapters in the header of a file; none if it has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get(LORA_METADATA, "{}"))
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy it again, or use another "
+            "checkpoint"
+        ) from error
+    prefix = f"{TRANSFORMER}."
+    return {key.removeprefix(prefix): found[key] for key in found if key.startswith(prefix)}
+
+
+def part_of(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The tensors of one part of a model, under their names in it.
+
+    Args:
+        tensors: of the model.
+        part: name of a module in it.
+    """
+    prefix = f"{part}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def write_transformer(part: Any, folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a part of diffusers as its own `save_pretrained` does, in one file.
+
+    Args:
+        part: its class and config are written down.
+        folder: made if it is missing.
+        tensors: its weights.
+    """
+    part.save_config(folder)
+    write_tensors(tensors, Path(folder) / TRANSFORMER_WEIGHTS)
 
 
 def write_parts(
@@ -143,17 +206,10 @@ def write_parts(
         folder: made if it is missing.
         tensors: of both, under the names of the `ThinkerPainter`.
     """
-    parts: dict[str, dict[str, Tensor]] = {THINKER: {}, "transformer": {}}
-    for name, tensor in tensors.items():
-        part, _, own = name.partition(".")
-        parts[part][own] = tensor
     model: Any = thinker
-    # In one file, so that a part of it cannot be of another training step.
-    model.save_pretrained(folder / THINKER, state_dict=parts[THINKER], max_shard_size="999GB")
-    place = folder / PAINTER / "transformer"
-    painter: Any = transformer
-    painter.save_config(place)
-    write_tensors(parts["transformer"], place / TRANSFORMER_WEIGHTS)
+    model.save_pretrained(folder / THINKER, state_dict=part_of(tensors, THINKER), **ONE_FILE)
+    place = folder / PAINTER / TRANSFORMER
+    write_transformer(transformer, place, part_of(tensors, TRANSFORMER))
 
 
 def read_parts(thinker: nn.Module, transformer: nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -170,12 +226,13 @@ def read_parts(thinker: nn.Module, transformer: nn.Module, folder: Path) -> dict
     tensors: dict[str, Tensor] = {}
     places = {
         THINKER: (thinker, folder / THINKER),
-        "transformer": (transformer, folder / PAINTER / "transformer"),
+        TRANSFORMER: (transformer, folder / PAINTER / TRANSFORMER),
     }
     for name, (part, place) in places.items():
         cls: Any = type(part)
         try:
-            saved = cls.from_pretrained(place, torch_dtype="auto")
+            # Without a network, which a path that is no folder would be looked for in.
+            saved = cls.from_pretrained(place, dtype=part.dtype, local_files_only=True)
         except Exception as error:
             raise ValueError(
                 f"expected the weights of a {cls.__name__} in {place}, got none that it reads "

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from agents.models.base import UnifiedModel
-from agents.models.config_files import read_model_config, write_model_config
 from agents.models.lora import lora_layers, switched_off
 from agents.models.pixels import scale_pixels
-from agents.models.thinker_painter.asked import Source
 from agents.models.thinker_painter.briefing import Brief, briefs
-from agents.models.thinker_painter.cache import empty_cache, with_later_slots
+from agents.models.thinker_painter.cache import empty_cache
 from agents.models.thinker_painter.config import INSIDE, ThinkerPainterConfig
 from agents.models.thinker_painter.context import (
     Reading,
@@ -27,25 +22,18 @@ from agents.models.thinker_painter.context import (
     growable,
     longer,
 )
-from agents.models.thinker_painter.files import (
-    PAINTER,
-    THINKER,
-    has_adapters_in,
-    read_adapters,
-    read_parts,
-    write_adapters,
-    write_parts,
-)
+from agents.models.thinker_painter.image_reading import check_sight, keep_sources, see
 from agents.models.thinker_painter.painter import Painter
+from agents.models.thinker_painter.precision import cast_parts
 from agents.models.thinker_painter.processor import PainterProcessor
+from agents.models.thinker_painter.saved import SavedParts
 from agents.models.thinker_painter.telling import Telling, Tells
 from agents.models.thinker_painter.thinker import Thinker
 from agents.models.thinker_painter.vision import Vision
-from agents.storage import load_weights
 from unigrpo_env.mdp.rules import Role
 
 
-class ThinkerPainter(UnifiedModel[ThinkerContext]):
+class ThinkerPainter(SavedParts):
     """A causal language model that writes, and a flow-matching pipeline that draws.
 
     The painter reads the words that the thinker wrote, through its own text encoders. Where one of
@@ -69,17 +57,13 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
         ValueError: the parts do not fit, see `Thinker`, `ChatLayout` and `PainterProcessor`.
     """
 
-    config_class = ThinkerPainterConfig
-    config: ThinkerPainterConfig
-    painter: Painter
-    thinker: nn.Module
-    transformer: nn.Module
     vision: Vision | None
     _lm: Thinker
     _telling: Telling
     _checkpointing = False
     lora_targets = (
-        r"^thinker\..*\.[qkvo]_proj$",
+        # Not of a tower that sees.
+        r"^thinker\.(?!.*(?:visual|vision)).*\.[qkvo]_proj$",
         r"^transformer\..*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj)$",
     )
 
@@ -95,18 +79,23 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
     ) -> None:
         super().__init__()
         config = (config or ThinkerPainterConfig()).of_painter(painter)
+        if budgets is not None:
+            config = replace(config, budgets=dict(budgets))
         self.thinker = thinker.eval().requires_grad_(True)
         self.transformer = painter.transformer.eval().requires_grad_(True)
         # Outside the parts that nn.Module registers: it is not trained, saved or listed.
         self.__dict__["painter"] = painter
         self.__dict__["_lm"] = Thinker(thinker)
+        if vision is not None:
+            check_sight(self._lm, vision)
         self.vision = vision
         self.shares_encoder = painter.reads_with(thinker)
         if self.shares_encoder and not config.thinker:
             config = replace(config, thinker=INSIDE)
         self.config = config
         pixel_size = painter.image_size
-        if vision is not None:
+        if vision is not None and not painter.edits:
+            # The painter takes its sources as they are, so they are resized for the thinker alone.
             pixel_size = vision.view_size(*painter.image_size)
         options = {} if config.thinking is None else {"enable_thinking": config.thinking}
         self.processor = PainterProcessor(
@@ -116,7 +105,7 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
             pixel_size=pixel_size if self.reads_images else None,
             chat_options=options,
             system=config.system,
-            budgets=budgets,
+            budgets=config.budgets or None,
         )
         self.tell(config.tells)
 
@@ -158,14 +147,22 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
             part._apply(fn)
         return self
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but of this module alone: dropout would change what the rollout said.
+
+        Args:
+            mode: see `nn.Module`.
+        """
+        super().train(mode)
+        for part in (self.thinker, self.transformer, *self.painter.frozen):
+            part.eval()
+        return self
+
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """See `UnifiedModel`. The painter's frozen parts are converted too."""
-        super().cast_weights(dtype)
-        for part in self.painter.frozen:
-            for weight in part.parameters():
-                # Weights of the thinker among them are converted already.
-                if weight.is_floating_point() and weight.dtype != dtype:
-                    weight.data = weight.data.to(dtype)
+        adapters = [] if self.adapted_layers is None else self.trainable_by_expert().values()
+        kept = [weight for weights in adapters for weight in weights]
+        cast_parts([self.thinker, self.transformer, *self.painter.frozen], dtype, kept)
         return self
 
     def parameters_by_expert(self) -> dict[str, list[nn.Parameter]]:
@@ -213,25 +210,18 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
             mask = torch.ones_like(ids, dtype=torch.bool)
         # Unmasked tokens up to each, [N, T]. Padding takes no position.
         count = mask.cumsum(1)
-        before = self._growable(context)
+        before = growable(context, repeatable=self.checkpointing)
         positions = before.position[:, None] + count - mask.long()
         grown = longer(before, ids, roles, mask, before.position + count[:, -1], is_dense)
-        hidden = self._states(grown, ids, positions)
+        valid = None if grown.dense else grown.valid
+        hidden = self._lm.states(
+            ids, valid, positions, grown.cache, checkpointing=self.checkpointing
+        )
         return hidden, ThinkerContext(grown)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """See `UnifiedModel`."""
         return self._lm.logits(hidden)
-
-    def _growable(self, context: ThinkerContext) -> Reading:
-        return growable(context, repeatable=self.checkpointing)
-
-    def _states(self, reading: Reading, ids: Tensor, positions: Tensor, **image: Any) -> Tensor:
-        """Read what stands last in `reading`, whose cache grows."""
-        valid = None if reading.dense else reading.valid
-        return self._lm.states(
-            ids, valid, positions, reading.cache, checkpointing=self.checkpointing, **image
-        )
 
     def append_image(
         self,
@@ -256,9 +246,17 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
         if mask is None:
             mask = torch.ones(len(pixels), dtype=torch.bool, device=self.device)
         if self.vision is not None:
-            context = self._see(context, pixels, mask, with_grad)
+            context = see(
+                self._lm,
+                self.vision,
+                context,
+                pixels,
+                mask,
+                with_grad=with_grad,
+                checkpointing=self.checkpointing,
+            )
         if self.painter.edits:
-            context = self._keep_sources(context, pixels, mask)
+            context = keep_sources(context, pixels, mask)
         return context
 
     @torch.no_grad()
@@ -266,110 +264,6 @@ class ThinkerPainter(UnifiedModel[ThinkerContext]):
         """Pixels in [-1, 1] of latents `[N, L, C]`."""
         seen = self.processor.view_images(self.processor.decode_latents(latent))
         return scale_pixels(seen.to(latent.device))
-
-    def _see(
-        self, context: ThinkerContext, pixels: Tensor, mask: Tensor, with_grad: bool
-    ) -> ThinkerContext:
-        """Let the thinker read an image in the rows of `mask`."""
-        if torch.is_grad_enabled() and not with_grad:
-            with torch.no_grad():
-                after = self._see(context.detach(), pixels, mask, with_grad).reading
-            before = self._growable(context)
-            cache = with_later_slots(before.cache, after.cache)
-            return ThinkerContext(replace(after, cache=cache))
-        assert self.vision is not None
-        size = pixels.shape[-2:]
-        before = self._growable(context)
-        ids = self.vision.ids(*size).to(pixels.device).expand(len(pixels), -1)
-        relative, length = self.vision.positions(*size)
-        positions = before.position[None, :, None] + relative.to(pixels.device)[:, None]
-        # No words of the conversation, so they are not told to the painter.
-        roles = torch.full_like(ids, Role.SYSTEM)
-        end = before.position + length * mask
-        grown = longer(before, ids, roles, mask[:, None].expand_as(ids), end, dense=False)
-        self._states(grown, ids, positions, **self.vision.inputs(pixels))
-        return ThinkerContext(grown)
-
-    def _keep_sources(
-        self, context: ThinkerContext, pixels: Tensor, mask: Tensor
-    ) -> ThinkerContext:
-        """Remember the image as what is edited next, in the rows of `mask`."""
-        reading = self._growable(context)
-        sources = list(reading.sources)
-        levels = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for row in mask.nonzero()[:, 0].tolist():
-            content = levels[row].tobytes()
-            known = reading.told.sources
-            if content not in known:
-                known[content] = Source(Image.fromarray(levels[row]))
-            sources[row] = known[content]
-        return ThinkerContext(replace(reading, sources=sources))
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """See `UnifiedModel` and `files`."""
-        folder = Path(folder)
-        if self.adapted_layers is None:
-            return super().save_pretrained(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        base = self.config.thinker if not self.shares_encoder else self.config.painter
-        write_adapters(self, self.painter.pipeline, folder, base)
-        write_model_config(self, folder)
-        return folder
-
-    def write_weights(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """See `UnifiedModel`. A painter that was made in memory is written whole."""
-        if not self.config.painter:
-            self.painter.pipeline.save_pretrained(folder / PAINTER)
-        write_parts(self.thinker, self.transformer, folder, tensors)
-        processor: Any = self.processor
-        processor.tokenizer.save_pretrained(folder / THINKER)
-        write_model_config(self, folder)
-
-    def load_saved(self, folder: str | Path) -> None:
-        """See `UnifiedModel`."""
-        folder = Path(folder)
-        if has_adapters_in(folder) != (self.adapted_layers is not None):
-            raise ValueError(
-                f"expected {folder} to hold adapters just as this model has them; were the "
-                "settings of the adapters others when it was saved?"
-            )
-        if self.adapted_layers is None:
-            load_weights(self, self.read_weights(folder), str(folder))
-        else:
-            read_adapters(self, folder)
-
-    def read_weights(self, folder: Path) -> dict[str, Tensor]:
-        """See `UnifiedModel`."""
-        return read_parts(self.thinker, self.transformer, folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        height: int | None = None,
-        width: int | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> Self:
-        """Load what `save_pretrained` wrote; the parts come from where its config says.
-
-        Raises:
-            ValueError: a part is not there any more, or a file is damaged or does not fit.
-        """
-        # Imported here, because `loading` needs this module.
-        from agents.models.thinker_painter.loading import build
-
-        folder = Path(folder)
-        config = read_model_config(cls, folder)
-        if height is not None or width is not None:
-            config = replace(config, height=height, width=width)
-        model: Any = build(config, folder, dtype=dtype, device=device)
-        if has_adapters_in(folder):
-            read_adapters(model, folder)
-        else:
-            model.load_saved(folder)
-        return model
 
     def prepare_velocity(self, context: ThinkerContext) -> None:
         """See `UnifiedModel`. The painter reads what it is told."""

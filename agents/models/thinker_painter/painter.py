@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.thinker_painter.asked import AskedPipeline, Source
-from agents.models.thinker_painter.conditions import Conditions, find_layout
+from agents.models.thinker_painter.conditions import Conditions, find_layout, layout_of_one
 from agents.models.thinker_painter.cut_off import watch_tokenizers
 from agents.models.thinker_painter.latent_layout import (
     LatentLayout,
@@ -23,6 +23,7 @@ from agents.models.thinker_painter.latent_layout import (
 from agents.models.thinker_painter.proofs import (
     check_pipeline,
     find_call,
+    reads_texts_together,
     takes_a_time_per_row,
 )
 
@@ -55,6 +56,7 @@ class Painter:
         image_size: (height, width) in pixels.
         edits: whether it takes a source image.
         needs_source: whether it draws with one alone.
+        reads_together: whether texts can be encoded together, and are then read as each alone.
 
     Raises:
         ValueError: a pipeline of another kind, guidance that stays on, or a size that it refuses.
@@ -92,12 +94,22 @@ class Painter:
         """Learn the form of conditions and latents, and what the pipeline can do."""
         asked = self._asked
         one = asked.encode([""], self._source)
-        two = asked.encode(["", ""], self._source)
-        self._condition_layout = find_layout(one, two)
+        self.reads_together = reads_texts_together(asked, one, self._source)
+        if self.reads_together:
+            two = asked.encode(["", ""], self._source)
+            self._condition_layout = find_layout(one, two)
+        else:
+            self._condition_layout = layout_of_one(one)
         self._blank = Conditions(one, self._condition_layout, 1)
         weight = next(self.transformer.parameters())
         self._blank_kind = (weight.device, weight.dtype)
         _, sample = asked.velocity(one, None, torch.tensor([0.5]), self._source)
+        if sample.ndim not in (3, 4):
+            raise ValueError(
+                f"expected a pipeline of images, got {type(self.pipeline).__name__} with latents "
+                f"of {sample.ndim - 1} axes; choose one of a family that the docs list"
+            )
+        asked.learn_told_time(one, self._source)
         self._native_shape = tuple(sample.shape[1:])
         self.latent_shape = token_shape(self._native_shape)
         self._times_per_row = takes_a_time_per_row(asked, self._blank, sample, self._source)
@@ -125,7 +137,7 @@ class Painter:
         for name, part in self.pipeline.components.items():
             if isinstance(part, nn.Module):
                 other.pipeline.__dict__[name] = copy.deepcopy(part, memo)
-        other._asked = AskedPipeline(other.pipeline, self.call)
+        other._asked = self._asked.moved_to(other.pipeline)
         return other
 
     @property
@@ -158,8 +170,17 @@ class Painter:
             source: what is edited, the same in all rows.
 
         Raises:
-            ValueError: the painter is strict and a text is too long for one of its encoders.
+            ValueError: the painter is strict and does not read all of a text; or it reads one at a
+                time, and these have other lengths.
         """
+        if len(texts) > 1 and not self.reads_together:
+            parts = [self.encode([text], source) for text in texts]
+            if all(parts[0].fits(part) for part in parts):
+                return Conditions.join(parts)
+            raise ValueError(
+                f"expected one text, because {type(self.pipeline).__name__} does not read texts of "
+                f"several lengths together, got {len(texts)}; encode each alone"
+            )
         with watch_tokenizers(self.pipeline, self.call) as cut:
             value = self._asked.encode(texts, source or self._source)
         if cut:

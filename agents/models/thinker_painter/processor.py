@@ -15,6 +15,8 @@ from agents.models.thinker_painter.painter import Painter
 from unigrpo_env.flow_time import time_grid
 from unigrpo_env.processor import Processor
 
+ENDS = ("<|endoftext|>", "<|end_of_text|>")
+"""Tokens at the end of a document, of the families of Qwen and Llama."""
 SHIFT_STEPS = 10
 """Steps of the grid from which `time_shift` is read."""
 
@@ -37,7 +39,7 @@ class PainterProcessor(Processor):
         ValueError: the tokenizer has no chat template, or more tokens than the model.
     """
 
-    scenario_defaults = MappingProxyType(
+    scenario_defaults: Mapping[str, int] = MappingProxyType(
         {"prompt_budget": 320, "text_budget": 256, "turn_budget": 128, "image_steps": 20}
     )
 
@@ -63,7 +65,8 @@ class PainterProcessor(Processor):
         self.layout = ChatLayout(tokenizer, chat_options)
         self.system = system
         if budgets is not None:
-            self.scenario_defaults = MappingProxyType(dict(budgets))
+            # A plain one, because a model is copied with its processor.
+            self.scenario_defaults = dict(budgets)
         self._set_marks(pixel_size is not None)
         self.latent_shape = painter.latent_shape
         self.image_size = painter.image_size
@@ -80,7 +83,8 @@ class PainterProcessor(Processor):
         end = tokenizer.eos_token_id
         if end == self.open_image_id:
             # Many chat models were trained to close a document with another token.
-            end = tokenizer.get_vocab().get("<|endoftext|>")
+            vocabulary = tokenizer.get_vocab()
+            end = next((vocabulary[name] for name in ENDS if name in vocabulary), None)
         self.end_id = end
         # Tokens that no text holds, the most suitable first.
         unused = [tokenizer.pad_token_id, *range(len(tokenizer), self.vocab_size)]
@@ -108,12 +112,15 @@ class PainterProcessor(Processor):
         self, text: str, *, sources: int = 0, system: str = "", thinks: bool = True
     ) -> list[int]:
         """The template's text; sources stand before the words of the user."""
-        before, after = self.layout.prompt(text, system, thinks)
+        first, opening, rest = self.layout.prompt(text, system, thinks)
+        # By itself, so that its length is known.
+        ids = self.encode_text(first)
         if sources == 0:
-            return self.encode_text(before + after)
+            return ids + self.encode_text(opening + rest)
         # A scenario with sources refuses a processor without `image_id`.
         assert self.image_id is not None
-        return [*self.encode_text(before), *[self.image_id] * sources, *self.encode_text(after)]
+        ids += self.encode_text(opening)
+        return [*ids, *[self.image_id] * sources, *self.encode_text(rest)]
 
     def system_length(self, system: str) -> int:
         """The system's message stands first."""

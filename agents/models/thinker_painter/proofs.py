@@ -11,10 +11,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from agents.models.thinker_painter.asked import AskedPipeline, Source
-from agents.models.thinker_painter.conditions import Conditions
+from agents.models.thinker_painter.conditions import Conditions, find_layout
 
 BLANK_SIDE = 64
 """Side of the empty source with which an editor is tried, in pixels, if no size is given."""
+GUIDANCE = ("guidance_scale", "true_cfg_scale")
+"""Arguments of a call that switch guidance on."""
+LONGER = "a longer text with more words " * 8
 TOLERANCE = 1e-2
 """Difference of two rows at once to each alone; a row at another's time differs by far more."""
 
@@ -67,6 +70,32 @@ def find_call(
     Raises:
         ValueError: guidance stays on, or the pipeline fails with these arguments.
     """
+    found, calls, failure = _try_out(pipeline, call, edits)
+    if found is not None:
+        return found
+    name = type(pipeline).__name__
+    without = {key: value for key, value in call.items() if key not in GUIDANCE}
+    # Some pipelines fail in their code for guidance, and would not without it.
+    if not calls and without != dict(call) and _try_out(pipeline, without, edits)[0] is not None:
+        raise ValueError(
+            f"expected {name} without guidance, got an error with it ({failure}): guidance is on; "
+            f"switch it off in the arguments of the call, of which these were given: {dict(call)}"
+        ) from failure
+    if calls:
+        raise ValueError(
+            f"expected one call of the transformer with one row for one velocity of {name}, got "
+            f"calls with {calls} rows: guidance is on; switch it off in the arguments of the call, "
+            f"of which these were given: {dict(call)}"
+        )
+    raise ValueError(
+        f"{name} cannot be asked for a velocity with {dict(call)}: {failure}"
+    ) from failure
+
+
+def _try_out(
+    pipeline: Any, call: Mapping[str, Any], edits: bool
+) -> tuple[tuple[dict[str, Any], Source | None] | None, list[int], Exception | None]:
+    """Arguments and source that work, else the rows of the calls and the first error."""
     sources: list[Source | None] = [None]
     if edits:
         size = (call.get("width") or BLANK_SIDE, call.get("height") or BLANK_SIDE)
@@ -81,17 +110,8 @@ def find_call(
                 failure = failure or error
                 continue
             if calls == [1]:
-                return {**call, **extra}, source
-    name = type(pipeline).__name__
-    if calls:
-        raise ValueError(
-            f"expected one call of the transformer with one row for one velocity of {name}, got "
-            f"calls with {calls} rows: guidance is on; switch it off in the arguments of the call, "
-            f"of which these were given: {dict(call)}"
-        )
-    raise ValueError(
-        f"{name} cannot be asked for a velocity with {dict(call)}: {failure}"
-    ) from failure
+                return ({**call, **extra}, source), calls, None
+    return None, calls, failure
 
 
 def _candidates(pipeline: Any, call: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -148,3 +168,31 @@ def takes_a_time_per_row(
     if both.shape != expected.shape:
         return False
     return torch.allclose(both.float(), expected.float(), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def reads_texts_together(asked: AskedPipeline, blank: Any, source: Source | None) -> bool:
+    """Whether a text beside a longer one is read as it is alone.
+
+    Some pipelines take one text alone, and some show their encoder the padding of the shorter ones.
+
+    Args:
+        asked: the pipeline.
+        blank: conditions of the empty text, as `encode_prompt` returned them.
+        source: what is edited.
+    """
+    try:
+        two = asked.encode(["", LONGER], source)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    layout = find_layout(blank, asked.encode(["", ""], source))
+    beside = Conditions(two, layout, 2).select(torch.tensor([0]))
+    alone = Conditions(blank, layout, 1)
+    if beside.fits(alone):
+        # Padded to one length whatever stands beside it.
+        return True
+    time = torch.tensor([0.5])
+    expected = asked.velocity(alone.value, None, time, source)[0].float()
+    found = asked.velocity(beside.value, None, time, source)[0].float()
+    weight = next(asked.pipeline.transformer.parameters())
+    rounding = 1e-4 if weight.dtype == torch.float32 else TOLERANCE
+    return bool((found - expected).norm() <= rounding * expected.norm())

@@ -46,7 +46,10 @@ class Vision:
             std: likewise.
         """
         vision = getattr(config, "vision_config", None)
-        if vision is None or not hasattr(vision, "spatial_merge_size"):
+        is_known = hasattr(vision, "spatial_merge_size") and hasattr(
+            config, "vision_start_token_id"
+        )
+        if vision is None or not is_known:
             return None
         return cls(
             vision.patch_size,
@@ -61,12 +64,13 @@ class Vision:
 
     def view_size(self, height: int, width: int) -> tuple[int, int]:
         """The size at which an image is seen: whole tokens, and at most `MOST_PIXELS`."""
-        scale = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
         side = self.patch_size * self.merge_size
-        return (
-            max(1, round(height * scale / side)) * side,
-            max(1, round(width * scale / side)) * side,
-        )
+        scale = (MOST_PIXELS / (height * width)) ** 0.5
+        if scale < 1:
+            sizes = (int(height * scale / side), int(width * scale / side))
+        else:
+            sizes = (round(height / side), round(width / side))
+        return max(1, sizes[0]) * side, max(1, sizes[1]) * side
 
     def ids(self, height: int, width: int) -> Tensor:
         """Tokens `[2 + n]` int64 of one image of this size."""

@@ -67,6 +67,12 @@ def test_values_out_of_bounds(override, message):
         (["algorithm.kernel=ode"], "stochastic algorithm.kernel"),
         (["algorithm=fpo", "algorithm.latent_kl_weight=0.1"], "no stochastic steps"),
         (["algorithm=flow_cps", "algorithm.noise_level=2"], r"\(0, 1\] for flow_cps"),
+        (
+            ["model.kind=thinker_painter"],
+            "model.painter beside model.kind=thinker_painter",
+        ),
+        (["model.painter=x"], r"model.kind beside model.painter=x, got none: set model.kind=think"),
+        (["model.thinker=x"], r"model.kind beside model.thinker=x, got none: set model.kind=think"),
         (["env.test_prompts=held_out.txt"], "expected env.prompts beside env.test_prompts"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agents.config.schema import ModelSettings
+from agents.config.model_settings import ModelSettings
 from agents.models.bagel.release import load_release
 from agents.models.bagel.release_files import is_release, write_release
 from agents.models.registry import load_model

@@ -103,7 +103,8 @@ def options_of(monkeypatch):
 
 def test_only_what_is_set_is_handed_to_the_model(options_of):
     """None stands for what is not set."""
-    nothing = {"height": None, "width": None, "vision": None}
+    parts = ("thinker", "painter", "tells", "strict", "reads_base", "thinking")
+    nothing = dict.fromkeys((*parts, "height", "width", "vision"))
     default = {**nothing, "dtype": torch.float32, "device": torch.device("cpu")}
     assert options_of("model=toy") == ("toy", default)
     name, options = options_of(
@@ -111,6 +112,16 @@ def test_only_what_is_set_is_handed_to_the_model(options_of):
     )
     assert name == "folder"
     assert options == {**default, "height": 64, "vision": False, "dtype": torch.bfloat16}
+    name, options = options_of(
+        "model.kind=thinker_painter",
+        "model.thinker=folder",
+        "model.painter=some/pipeline",
+        "model.tells=answer",
+        "model.thinking=false",
+    )
+    assert name == "thinker_painter"
+    given = {"thinker": "folder", "painter": "some/pipeline", "tells": "answer", "thinking": False}
+    assert options == {**default, **given}
 
 
 def test_settings_that_a_model_does_not_take():
