@@ -130,6 +130,8 @@ class AskedPipeline:
         Returns:
             Velocity and latents as they came to the scheduler.
         """
+        place = latents if latents is not None else next(self.pipeline.transformer.parameters())
+        times = times.to(place.device)
         told = times if self._told is None else self._told(times)
         self._one_time.asked = told[None] * self._one_time.config["num_train_timesteps"]
         rows = len(times) if latents is None else len(latents)

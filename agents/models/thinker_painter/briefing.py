@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
 from agents.models.thinker_painter.asked import Source
 from agents.models.thinker_painter.conditions import Conditions
-from agents.models.thinker_painter.context import Reading, TextKey, ThinkerContext
+from agents.models.thinker_painter.context import Reading, TextKey, ThinkerContext, Told
 from agents.models.thinker_painter.painter import Painter
 from agents.models.thinker_painter.telling import Telling
 
@@ -31,7 +32,12 @@ class Brief:
 
 
 def briefs(
-    context: ThinkerContext, painter: Painter, telling: Telling, *, with_grad: bool
+    context: ThinkerContext,
+    painter: Painter,
+    telling: Telling,
+    *,
+    with_grad: bool,
+    at_once: int | None = None,
 ) -> list[Brief]:
     """What the painter is told; a text that it was told before is not encoded again.
 
@@ -40,6 +46,7 @@ def briefs(
         painter: encodes the texts.
         telling: makes them.
         with_grad: whether gradients may flow into the text encoder.
+        at_once: texts that are encoded together at most; None: all.
 
     Raises:
         ValueError: the painter draws with a source alone, and a row has none.
@@ -47,16 +54,15 @@ def briefs(
     if with_grad in context.briefs:
         return context.briefs[with_grad]
     reading = context.reading
-    texts = row_texts(reading, telling)
-    rows: Sequence[int] = range(len(texts))
-    if context.rows is not None:
-        rows = context.rows.tolist()
+    texts = row_texts(context, telling)
+    own_sources: list[Source | None] = [None] * len(texts)
+    if reading.sources:
+        own_sources = [reading.sources[row] for row in context.all_rows().tolist()]
     keys: list[TextKey] = []
     sources: dict[int, Source | None] = {}
-    for row in rows:
-        source = reading.sources[row] if reading.sources else None
+    for text, source in zip(texts, own_sources, strict=True):
         sources[id(source)] = source
-        keys.append((texts[row], id(source), with_grad))
+        keys.append((text, id(source), with_grad))
     if painter.needs_source:
         _check_sources(keys, painter)
     # Rows of one source are drawn together: a pipeline takes one for all its rows.
@@ -64,7 +70,7 @@ def briefs(
     for source_id, source in sources.items():
         members = [row for row, key in enumerate(keys) if key[1] == source_id]
         own = [keys[row] for row in members]
-        _encode(own, source, painter, reading, with_grad)
+        _encode(own, source, painter, reading.told, at_once)
         found += _joined(own, members, source, reading)
     device = reading.ids.device
     if len(found) == 1:
@@ -85,38 +91,42 @@ def _check_sources(keys: Sequence[TextKey], painter: Painter) -> None:
         )
 
 
-def row_texts(reading: Reading, telling: Telling) -> list[str]:
-    """The text of each row of a reading."""
-    if reading.texts is None:
-        rows = zip(
-            reading.ids.tolist(), reading.roles.tolist(), reading.valid.tolist(), strict=True
-        )
-        reading.texts = []
-        for ids, roles, valid in rows:
-            slots = [slot for slot, is_valid in enumerate(valid) if is_valid]
-            text = telling.text([ids[slot] for slot in slots], [roles[slot] for slot in slots])
-            reading.texts.append(text)
-    return reading.texts
+def row_texts(context: ThinkerContext, telling: Telling) -> list[str]:
+    """The text of each row of a context; one that was made before is not made again."""
+    reading = context.reading
+    slots = torch.stack([reading.ids, reading.roles, reading.valid.long()], 1)
+    if context.rows is not None:
+        slots = slots[context.rows]
+    texts = []
+    known = reading.told.words
+    for ids, roles, valid in slots.cpu().numpy():
+        words = numpy.stack([ids, roles])[:, valid == 1]
+        content = words.tobytes()
+        if content not in known:
+            known[content] = telling.text(*words.tolist())
+        texts.append(known[content])
+    return texts
 
 
 def _encode(
     keys: Sequence[TextKey],
     source: Source | None,
     painter: Painter,
-    reading: Reading,
-    with_grad: bool,
+    told: Told,
+    at_once: int | None,
 ) -> None:
     """Encode the texts that are new, each once."""
-    known = reading.told.texts
-    new = [key for key in dict.fromkeys(keys) if key not in known]
-    if not new:
-        return
-    batches = [new] if painter.reads_together else [[key] for key in new]
-    for batch in batches:
+    new = [key for key in dict.fromkeys(keys) if key not in told.texts]
+    size = at_once or max(len(new), 1)
+    if not painter.reads_together:
+        size = 1
+    for start in range(0, len(new), size):
+        batch = new[start : start + size]
+        with_grad = batch[0][2]
         with torch.set_grad_enabled(with_grad):
             conditions = painter.encode([text for text, *_ in batch], source)
         for row, key in enumerate(batch):
-            known[key] = conditions, row
+            told.texts[key] = conditions, row
 
 
 def _joined(

@@ -53,12 +53,18 @@ def empty_cache() -> Cache:
 
 
 def grown_from(
-    cache: Cache, rows: Tensor | None = None, *, detach: bool = False, repeatable: bool = False
+    cache: Cache,
+    length: int,
+    rows: Tensor | None = None,
+    *,
+    detach: bool = False,
+    repeatable: bool = False,
 ) -> Cache:
     """A cache that can grow while the given one stays; tensors are shared where nothing changes.
 
     Args:
         cache: stays as it is.
+        length: the first slots of it, which are taken.
         rows: `[M]` int64, the rows to take; None for all in their order.
         detach: cut from the autograd graph.
         repeatable: the call that grows it may run twice.
@@ -71,8 +77,11 @@ def grown_from(
         assert layer.keys is not None
         assert layer.values is not None
         grown = copy.copy(layer)
-        keys = layer.keys if rows is None else layer.keys.index_select(0, rows)
-        values = layer.values if rows is None else layer.values.index_select(0, rows)
+        keys = layer.keys[..., :length, :]
+        values = layer.values[..., :length, :]
+        if rows is not None:
+            keys = keys.index_select(0, rows)
+            values = values.index_select(0, rows)
         grown.keys = keys.detach() if detach else keys
         grown.values = values.detach() if detach else values
         grown.past = (grown.keys, grown.values) if repeatable else None
@@ -89,7 +98,7 @@ def with_later_slots(before: Cache, after: Cache) -> Cache:
     """
     if not before.layers:
         return after
-    joined = grown_from(after)
+    joined = grown_from(after, after.get_seq_length())
     pairs: Any = zip(before.layers, joined.layers, strict=True)
     for old, new in pairs:
         length = old.keys.shape[-2]

@@ -51,7 +51,7 @@ class ThinkerPainterConfig:
     system: str = SYSTEM_PROMPT
     call: dict[str, Any] = field(default_factory=dict)
     budgets: dict[str, int] = field(default_factory=dict)
-    base: str = ""
+    base: str = field(default="", compare=False)
 
     def of_painter(self, painter: Painter) -> ThinkerPainterConfig:
         """The same with what a painter was made with."""

@@ -22,10 +22,12 @@ class Told:
     """What the painter was told since a context was empty; all contexts that grew from it share it.
 
     Attributes:
+        words: the text of a row, by the tokens and roles that it is made of.
         texts: the conditions that hold a text, and in which row.
         sources: images by their content, so that equal ones are encoded once.
     """
 
+    words: dict[bytes, str] = field(default_factory=dict)
     texts: dict[TextKey, tuple[Conditions, int]] = field(default_factory=dict)
     sources: dict[bytes, Source] = field(default_factory=dict)
 
@@ -35,7 +37,7 @@ class Reading:
     """M rows that were read side by side, S slots each.
 
     Attributes:
-        cache: the thinker's keys and values.
+        cache: the thinker's keys and values; more than S slots once another reading has grown it.
         ids: `[M, S]` int64; a slot of an image holds the thinker's placeholder.
         roles: `[M, S]` int64, a `Role` each; that of an image is the system's.
         valid: `[M, S]` bool, False where a slot is padding.
@@ -43,8 +45,6 @@ class Reading:
         dense: whether all slots are known to be valid.
         sources: the last image that each row has read, if the painter edits.
         told: see there.
-        texts: what the painter is told of each row; None until it is asked for.
-        is_shared: whether several contexts pick rows of it, so that it must not grow in place.
     """
 
     cache: Cache
@@ -55,8 +55,6 @@ class Reading:
     dense: bool
     sources: list[Source | None]
     told: Told
-    texts: list[str] | None = None
-    is_shared: bool = False
 
 
 @dataclass
@@ -85,18 +83,15 @@ class ThinkerContext:
 
     def select(self, rows: Tensor) -> ThinkerContext:
         """Take rows by index `[M]` int64; repeats are allowed."""
-        self.reading.is_shared = True
         return ThinkerContext(self.reading, self.all_rows()[rows], self.is_cut)
 
     def repeat_interleave(self, times: int) -> ThinkerContext:
         """Repeat each row `times` times: row 0, row 0, ..., row 1, row 1, ..."""
-        self.reading.is_shared = True
         rows = self.all_rows().repeat_interleave(times)
         return ThinkerContext(self.reading, rows, self.is_cut)
 
     def detach(self) -> ThinkerContext:
         """Give the same context, cut from the autograd graph."""
-        self.reading.is_shared = True
         return ThinkerContext(self.reading, self.rows, is_cut=True)
 
     def all_rows(self) -> Tensor:
@@ -116,13 +111,15 @@ def growable(context: ThinkerContext, *, repeatable: bool) -> Reading:
     reading = context.reading
     rows = context.rows
     with_grad = torch.is_grad_enabled()
-    if rows is None and not (with_grad or reading.is_shared or context.is_cut):
-        # Nobody else needs the old keys, and a copy of them would double the memory.
-        return replace(reading, texts=None)
+    length = reading.ids.shape[1]
+    is_newest = reading.cache.get_seq_length() == length
+    if rows is None and is_newest and not (with_grad or context.is_cut):
+        # In place, because a copy would double the memory. Other contexts keep the first slots.
+        return replace(reading)
     cache = grown_from(
-        reading.cache, rows, detach=context.is_cut, repeatable=repeatable and with_grad
+        reading.cache, length, rows, detach=context.is_cut, repeatable=repeatable and with_grad
     )
-    own = replace(reading, cache=cache, texts=None, is_shared=False)
+    own = replace(reading, cache=cache)
     if rows is None:
         return own
     own.ids = reading.ids[rows]

@@ -178,6 +178,8 @@ def build(
         tokenizer = AutoTokenizer.from_pretrained(folder / THINKER)
     elif tokenizer is None:
         tokenizer = pipeline.components["tokenizer"]
+    # Before the painter is tried out: a forward of a large one takes minutes on a CPU.
+    pipeline.to(device)
     painter = Painter(pipeline, config.height, config.width, strict=config.strict, **config.call)
     vision = _find_vision(thinker, pipeline)
     model = ThinkerPainter(thinker, painter, tokenizer, config, vision=vision)

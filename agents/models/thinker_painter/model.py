@@ -288,4 +288,11 @@ class ThinkerPainter(SavedParts):
             with_grad = False
             reading = switched_off(lora_layers(self).values())
         with reading:
-            return briefs(context, self.painter, self._telling, with_grad=with_grad)
+            return briefs(
+                context,
+                self.painter,
+                self._telling,
+                with_grad=with_grad,
+                # What a forward of the transformer takes, the encoders' can take too.
+                at_once=self.max_rows,
+            )

@@ -27,8 +27,8 @@ from agents.models.thinker_painter.proofs import (
     takes_a_time_per_row,
 )
 
-DECODED_PIXELS = 2**22
-"""Pixels of the images that are encoded or decoded at once: four of 1024 x 1024."""
+DECODED_PIXELS = 2**20
+"""Pixels of the images that are encoded or decoded at once: one of 1024 x 1024, four of 512."""
 
 logger = logging.getLogger(__name__)
 

@@ -74,8 +74,8 @@ def test_painting_gathers_no_keys(monkeypatch):
 
 
 @pytest.mark.parametrize("pick", ["select", "repeat_interleave", "detach"])
-def test_a_shared_reading_does_not_grow_in_place(pick):
-    """Whichever of the two reads on, the other stays as it was."""
+def test_a_shared_reading_stays_as_it_was(pick):
+    """Whichever of the two contexts reads on, the other holds the same."""
     model = make_model("sd3")
     more = torch.tensor([[20, 21], [22, 23], [24, 25]])
     with torch.no_grad():
@@ -85,7 +85,6 @@ def test_a_shared_reading_does_not_grow_in_place(pick):
             context = read_rows(model)
             both = [context, getattr(context, pick)(*arguments)]
             model.append_text(both[first], more.flip(0))
-            assert both[second].reading.cache.get_seq_length() == 4
             found, _ = model.append_text(both[second], more)
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
@@ -178,7 +177,8 @@ def test_a_training_step_encodes_once(counted, max_rows, checkpointing):
     model.checkpointing = checkpointing
     x, t = inputs(model, 6)
     predict_velocity(model, read_rows(model), x, t, repeats=2).square().sum().backward()
-    assert [len(texts) for texts in encoded] == [3]
+    # No more texts at once than rows.
+    assert [len(texts) for texts in encoded] == ([3] if max_rows is None else [2, 1])
     found = [
         weight.grad.clone() for weight in model.thinker.parameters() if weight.grad is not None
     ]

@@ -84,7 +84,7 @@ def plain_steps(model, text, image, steps=3):
 
 def told(model, context):
     """The text of each row, as the painter was told."""
-    return row_texts(context.reading, model._telling)
+    return row_texts(context, model._telling)
 
 
 @pytest.mark.parametrize("name", EDITORS)

@@ -64,6 +64,7 @@ OTHERS = {
     "a rotation": lambda latents: latents @ torch.linalg.qr(torch.randn(16, 16))[0],
     "two of each": lambda latents: latents.flatten(1)[:, torch.arange(96) // 2],
     "nothing": torch.zeros_like,
+    "no signs": torch.abs,
     "a sum": lambda latents: latents + latents.flip(-1),
     "noise": lambda latents: latents + 0.2 * torch.randn(latents.shape),
 }

@@ -86,7 +86,9 @@ class Reader:
         positions = before + mask.cumsum(1) - mask.long()
         self.valid = torch.cat([self.valid, mask], 1)
         if torch.is_grad_enabled():
-            self.cache = grown_from(self.cache, repeatable=self.checkpointing)
+            self.cache = grown_from(
+                self.cache, self.cache.get_seq_length(), repeatable=self.checkpointing
+            )
         states = self.thinker.states(
             ids, self.valid, positions, self.cache, checkpointing=self.checkpointing
         )
@@ -94,7 +96,7 @@ class Reader:
 
     def take(self, rows):
         """Go on with these rows."""
-        self.cache = grown_from(self.cache, rows)
+        self.cache = grown_from(self.cache, self.cache.get_seq_length(), rows)
         self.valid = self.valid[rows]
 
 
