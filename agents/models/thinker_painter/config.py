@@ -29,8 +29,8 @@ class ThinkerPainterConfig:
         height: of the images, in pixels; None for the pipeline's own.
         width: likewise.
         tells: what the painter is told, see `Telling`.
-        reads_base: whether a thinker that is the text encoder reads without its adapters, so that
-            what the painter is told does not drift while it learns.
+        reads_base: whether a thinker that is the text encoder reads without its adapters, where it
+            has some, so that what the painter is told does not drift while it learns.
         strict: whether a text that the painter would cut off is an error.
         thinking: the option `enable_thinking` of the chat template; None for its own default.
         system: what the thinker reads before a prompt.

@@ -284,7 +284,7 @@ class ThinkerPainter(SavedParts):
     def _briefs(self, context: ThinkerContext) -> list[Brief]:
         with_grad = torch.is_grad_enabled() and self.shares_encoder and not context.is_cut
         reading: AbstractContextManager[None] = nullcontext()
-        if self.config.reads_base:
+        if self.config.reads_base and self.adapted_layers is not None:
             with_grad = False
             reading = switched_off(lora_layers(self).values())
         with reading:

@@ -93,7 +93,26 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
 
 
 class SmallSanaPipeline(SanaPipeline):
-    """Sana's pipeline for images whose sides are no multiples of 32 pixels."""
+    """Sana's pipeline for images whose sides are no multiples of 32 pixels.
+
+    It reads the states before the last layer, as the pipelines of Z-Image and Lumina 2 do: those
+    after it say which word comes next, more than which words were read.
+    """
+
+    def _get_gemma_prompt_embeds(
+        self, prompt: Any, *args: Any, max_sequence_length: int = 300, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        parts: Any = self
+        found = parts.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(parts.text_encoder.device)
+        mask = found["attention_mask"]
+        output = parts.text_encoder(found["input_ids"], mask, output_hidden_states=True)
+        return parts.text_encoder.norm(output.hidden_states[-2]), mask
 
     def check_inputs(self, *args: Any, **kwargs: Any) -> None:
         """Refuse nothing.
@@ -127,7 +146,11 @@ def make_painter(seed: int = 0) -> SmallSanaPipeline:
                 vocab_size=64,
                 hidden_size=64,
                 intermediate_size=128,
-                num_hidden_layers=2,
+                num_hidden_layers=3,
+                # The first layer sees three words: colour, shape and place of an object.
+                layer_types=["sliding_attention", "full_attention", "full_attention"],
+                use_sliding_window=True,
+                sliding_window=3,
                 num_attention_heads=4,
                 num_key_value_heads=4,
                 head_dim=16,

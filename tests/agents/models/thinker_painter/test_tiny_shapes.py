@@ -100,6 +100,17 @@ def test_painter_reads_the_whole_thought_alone(model, demonstrations):
     assert max(lengths) + 1 <= processor.scenario_defaults["text_budget"] < TOLD_TOKENS
 
 
+def test_last_layer_is_not_read_for_the_painter(model):
+    words = ("a red circle", "red circle top")
+    before = velocity_of(model, *words)
+    with torch.no_grad():
+        model.thinker.model.layers[-1].mlp.down_proj.weight.add_(1)
+    assert torch.equal(before, velocity_of(model, *words))
+    with torch.no_grad():
+        model.thinker.model.layers[-2].mlp.down_proj.weight.add_(1)
+    assert not torch.equal(before, velocity_of(model, *words))
+
+
 def test_it_plays_the_shapes_world(model):
     variant = make_variant("text_to_image", processor=model.processor)
     own = make_variant("text_to_image", processor=ShapesProcessor())
