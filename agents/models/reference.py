@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from agents.models.base import UnifiedModel
 from agents.models.lora import base_tensors, lora_layers, switched_off
-from agents.models.wrapping import of_the_model
-
-if TYPE_CHECKING:
-    from unigrpo_env.processor import Processor
+from agents.models.wrapping import WrappedModel, of_the_model
 
 
-class AdaptersOff(UnifiedModel[Any]):
+class AdaptersOff(WrappedModel[Any]):
     """A view of a model: it computes what the model does without its adapters, and no gradient.
 
     It has no weights of its own, so nothing in it is trained, moved or saved with it. A copy is a
@@ -28,15 +25,8 @@ class AdaptersOff(UnifiedModel[Any]):
         model: with adapters. Changes of it show here, those of its adapters apart.
     """
 
-    model: UnifiedModel[Any]
     config = of_the_model("config")
     source = of_the_model("source")
-    device = of_the_model("device")
-    vocab_size = of_the_model("vocab_size")
-    latent_shape = of_the_model("latent_shape")
-    reads_images = of_the_model("reads_images")
-    checkpointing = of_the_model("checkpointing")
-    max_rows = of_the_model("max_rows")
 
     def __init__(self, model: UnifiedModel[Any]) -> None:
         super().__init__()
@@ -46,9 +36,6 @@ class AdaptersOff(UnifiedModel[Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return type(self)(memo.get(id(self.model), self.model))
-
-    def _find_processor(self) -> Processor | None:
-        return self.model._find_processor()
 
     @contextmanager
     def _model_alone(self) -> Iterator[UnifiedModel[Any]]:

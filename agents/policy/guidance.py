@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from agents.models.base import Context, UnifiedModel
-from agents.models.wrapping import of_the_model
+from agents.models.wrapping import WrappedModel
 from unigrpo_env.mdp.rules import Role
-from unigrpo_env.processor import Processor
 
 RENORMS = {
     "none": "the guided velocity as it is",
@@ -149,7 +148,7 @@ class GuidedContext:
         return self._map(lambda part: part.detach())
 
 
-class GuidedModel(UnifiedModel[GuidedContext]):
+class GuidedModel(WrappedModel[GuidedContext]):
     """A model that draws under guidance; its text is the model's own.
 
     Where guidance acts a step takes a second forward, and with an image scale above 1 a third.
@@ -160,21 +159,10 @@ class GuidedModel(UnifiedModel[GuidedContext]):
         guidance: with a text scale above 1.
     """
 
-    device = of_the_model("device")
-    vocab_size = of_the_model("vocab_size")
-    latent_shape = of_the_model("latent_shape")
-    reads_images = of_the_model("reads_images")
-    checkpointing = of_the_model("checkpointing")
-    # All branches of a row are computed one after the other, so one row takes no more memory.
-    max_rows = of_the_model("max_rows")
-
     def __init__(self, model: UnifiedModel[Any], guidance: Guidance) -> None:
         super().__init__()
         self.model = model
         self.guidance = guidance
-
-    def _find_processor(self) -> Processor | None:
-        return self.model._find_processor()
 
     def empty_context(self, batch_size: int) -> GuidedContext:
         """See `UnifiedModel`."""

@@ -21,12 +21,12 @@ class Brief:
     """Rows of a context that are drawn together.
 
     Attributes:
-        rows: `[n]` int64 of the context; None for all.
+        rows: `[n]` int64 of the context.
         conditions: n rows.
         source: what is edited in all of them.
     """
 
-    rows: Tensor | None
+    rows: Tensor
     conditions: Conditions
     source: Source | None
 
@@ -51,8 +51,6 @@ def briefs(
     Raises:
         ValueError: the painter draws with a source alone, and a row has none.
     """
-    if with_grad in context.briefs:
-        return context.briefs[with_grad]
     reading = context.reading
     texts = row_texts(context, telling)
     own_sources: list[Source | None] = [None] * len(texts)
@@ -73,10 +71,7 @@ def briefs(
         _encode(own, source, painter, reading.told, at_once)
         found += _joined(own, members, source, reading)
     device = reading.ids.device
-    if len(found) == 1:
-        result = [Brief(None, found[0][1], found[0][2])]
-    else:
-        result = [Brief(torch.tensor(r, device=device), c, s) for r, c, s in found]
+    result = [Brief(torch.tensor(r, device=device), c, s) for r, c, s in found]
     context.briefs[with_grad] = result
     return result
 

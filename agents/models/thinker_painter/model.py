@@ -93,16 +93,12 @@ class ThinkerPainter(SavedParts):
         if self.shares_encoder and not config.thinker:
             config = replace(config, thinker=INSIDE)
         self.config = config
-        pixel_size = painter.image_size
-        if vision is not None and not painter.edits:
-            # The painter takes its sources as they are, so they are resized for the thinker alone.
-            pixel_size = vision.view_size(*painter.image_size)
         options = {} if config.thinking is None else {"enable_thinking": config.thinking}
         self.processor = PainterProcessor(
             tokenizer,
             painter,
             self._lm.vocab_size,
-            pixel_size=pixel_size if self.reads_images else None,
+            reads_images=self.reads_images,
             chat_options=options,
             system=config.system,
             budgets=config.budgets or None,
@@ -272,20 +268,26 @@ class ThinkerPainter(SavedParts):
     def predict_velocity(self, context: ThinkerContext, x: Tensor, t: Tensor) -> Tensor:
         """See `UnifiedModel`."""
         found = self._briefs(context)
+        if len(found) == 1:
+            brief = found[0]
+            return self.painter.predict_velocity(brief.conditions, x, t, brief.source)
         velocity = torch.zeros_like(x)
         for brief in found:
             rows = brief.rows
-            if rows is None:
-                return self.painter.predict_velocity(brief.conditions, x, t, brief.source)
             part = self.painter.predict_velocity(brief.conditions, x[rows], t[rows], brief.source)
             velocity = velocity.index_copy(0, rows, part)
         return velocity
 
     def _briefs(self, context: ThinkerContext) -> list[Brief]:
         with_grad = torch.is_grad_enabled() and self.shares_encoder and not context.is_cut
-        reading: AbstractContextManager[None] = nullcontext()
-        if self.config.reads_base and self.adapted_layers is not None:
+        without_adapters = self.config.reads_base and self.adapted_layers is not None
+        if without_adapters:
             with_grad = False
+        # Asked for at each denoising step, and made at the first.
+        if with_grad in context.briefs:
+            return context.briefs[with_grad]
+        reading: AbstractContextManager[None] = nullcontext()
+        if without_adapters:
             reading = switched_off(lora_layers(self).values())
         with reading:
             return briefs(

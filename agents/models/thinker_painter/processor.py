@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from agents.models.thinker_painter.chat import ChatLayout
@@ -30,7 +29,7 @@ class PainterProcessor(Processor):
         tokenizer: of the thinker, with a chat template.
         painter: of the images.
         vocab_size: entries of the thinker's logits; those beyond the tokenizer's are never sampled.
-        pixel_size: (height, width) at which thinker or painter read images; None if neither does.
+        reads_images: whether thinker or painter reads images.
         chat_options: further arguments of the template, such as `enable_thinking`.
         system: a system text for prompts whose scenario has none of its own.
         budgets: in place of `scenario_defaults`.
@@ -49,7 +48,7 @@ class PainterProcessor(Processor):
         painter: Painter,
         vocab_size: int,
         *,
-        pixel_size: tuple[int, int] | None = None,
+        reads_images: bool = False,
         chat_options: Mapping[str, Any] | None = None,
         system: str = SYSTEM_PROMPT,
         budgets: Mapping[str, int] | None = None,
@@ -67,10 +66,10 @@ class PainterProcessor(Processor):
         if budgets is not None:
             # A plain one, because a model is copied with its processor.
             self.scenario_defaults = dict(budgets)
-        self._set_marks(pixel_size is not None)
+        self._set_marks(reads_images)
         self.latent_shape = painter.latent_shape
         self.image_size = painter.image_size
-        self.pixel_size = pixel_size
+        self.pixel_size = painter.image_size if reads_images else None
         self.time_shift = _fitted_shift(painter.time_grid(SHIFT_STEPS))
 
     def _set_marks(self, reads_images: bool) -> None:
@@ -169,13 +168,9 @@ class PainterProcessor(Processor):
         return self.painter.encode_images(images)
 
     def view_images(self, images: Tensor) -> Tensor:
-        """The image's own pixels, resized where thinker and painter see another size."""
+        """The image's own pixels; a thinker that sees another size resizes them."""
         if self.pixel_size is None:
             return super().view_images(images)
-        if self.pixel_size != self.image_size:
-            images = torch.nn.functional.interpolate(
-                images, self.pixel_size, mode="bicubic", antialias=True
-            ).clamp(0, 1)
         return (images * 255).round().byte()
 
     def time_grid(self, steps: int, shift: float | None = None) -> tuple[float, ...]:
