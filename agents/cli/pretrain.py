@@ -51,15 +51,15 @@ def main(argv: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """The options: each setting of supervised training, with the values of the stages."""
-    from agents.training.pretraining import STAGES, SupervisedSettings
+    from agents.training.pretraining import SHIPPED, STAGES, SupervisedSettings
 
     parser = make_parser("pretrain")
     parser.add_argument(
         "--stages",
         nargs="+",
         choices=list(STAGES),
-        default=list(STAGES),
-        help=f"stages of the training, in this order [{' '.join(STAGES)}]",
+        default=list(SHIPPED),
+        help=f"stages of the training, in this order [{' '.join(SHIPPED)}]",
     )
     for entry in dataclasses.fields(SupervisedSettings):
         flag = "--" + entry.name.replace("_", "-")

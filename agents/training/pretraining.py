@@ -1,4 +1,4 @@
-"""How the shipped weights came about: supervised training in stages."""
+"""Supervised training in stages: how the shipped weights came about."""
 
 from __future__ import annotations
 
@@ -72,7 +72,14 @@ STAGES = {
         SupervisedSettings(steps=900, warmup_share=0.3, learning_rate=1.5e-3),
         3_100,
     ),
+    "pair": PretrainingStage(
+        {"text_to_image": 1.0},
+        SupervisedSettings(steps=1300, batch_size=32, learning_rate=4e-3),
+        0,
+    ),
 }
+"""Recipes by name: those of `SHIPPED`, and `pair` for a thinker and a painter of its own."""
+SHIPPED = ("words", "reading", "rounds", "practice")
 """To think and draw, then to read images, then all scenarios, then more of what is hard."""
 
 AfterStep = Callable[[int, dict[str, float]], None]

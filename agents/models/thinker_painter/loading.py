@@ -39,6 +39,7 @@ THINKERS: Registry[Callable[[], tuple[nn.Module, Any]]] = Registry(
     "thinker", entry_point_group="unigrpo.thinkers"
 )
 """Functions that make a language model and its tokenizer, likewise."""
+THINKERS.add("shapes", "agents.models.thinker_painter.tiny_shapes:make_thinker")
 
 
 def load_thinker_painter(

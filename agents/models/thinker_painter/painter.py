@@ -25,6 +25,7 @@ from agents.models.thinker_painter.proofs import (
     find_call,
     reads_texts_together,
     takes_a_time_per_row,
+    takes_source,
 )
 
 DECODED_PIXELS = 2**20
@@ -54,7 +55,7 @@ class Painter:
         frozen: the auto-encoder and the text encoders.
         latent_shape: (latent tokens, values of each).
         image_size: (height, width) in pixels.
-        edits: whether it takes a source image.
+        edits: whether it takes a source image of the size that it draws.
         needs_source: whether it draws with one alone.
         reads_together: whether texts can be encoded together, and are then read as each alone.
 
@@ -116,6 +117,8 @@ class Painter:
         values = asked.decoder_input(one, sample, self._source)
         scale = self.pipeline.vae_scale_factor
         self.image_size = (values.shape[-2] * scale, values.shape[-1] * scale)
+        if self.edits and not self.needs_source:
+            self.edits = takes_source(asked, one, self.image_size)
 
     def _check_size(self, height: int | None, width: int | None) -> None:
         expected = (height or self.image_size[0], width or self.image_size[1])

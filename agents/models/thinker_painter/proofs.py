@@ -54,6 +54,10 @@ def check_pipeline(pipeline: Any) -> None:
         )
 
 
+class _ReachedError(Exception):
+    """The transformer was called."""
+
+
 def find_call(
     pipeline: Any, call: Mapping[str, Any], edits: bool
 ) -> tuple[dict[str, Any], Source | None]:
@@ -144,6 +148,32 @@ def _transformer_rows(pipeline: Any, call: Mapping[str, Any], source: Source | N
     finally:
         hook.remove()
     return rows
+
+
+def takes_source(asked: AskedPipeline, blank: Any, size: tuple[int, int]) -> bool:
+    """Whether an editor takes a source of this size: some refuse small ones.
+
+    Args:
+        asked: the pipeline.
+        blank: what it encoded without a source.
+        size: (height, width) in pixels.
+    """
+
+    def _stop(_: Any, args: tuple[Any, ...]) -> None:
+        raise _ReachedError
+
+    # The source is prepared before the transformer is called, which need not compute.
+    hook = asked.pipeline.transformer.register_forward_pre_hook(_stop)
+    source = Source(Image.new("RGB", size[::-1]))
+    try:
+        asked.velocity(blank, None, torch.tensor([0.5]), source)
+    except _ReachedError:
+        return True
+    except ValueError:
+        return False
+    finally:
+        hook.remove()
+    return False
 
 
 def takes_a_time_per_row(

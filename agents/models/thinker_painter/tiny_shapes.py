@@ -1,7 +1,7 @@
-"""A thinker-painter of under a million parameters for the shapes world, with random weights.
+"""A thinker-painter of about a million parameters for the shapes world, with random weights.
 
-The classes are those of real models: Qwen3 thinks and is the text encoder of Sana's pipeline, so
-that an image teaches the thinker too. Squares of pixels stand in place of latents.
+The classes are those of real models: a Qwen3 thinks, and the transformer of FLUX.2-klein paints.
+Squares of pixels stand in place of latents.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ from typing import Any
 import torch
 from diffusers import (
     ConfigMixin,
-    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     ModelMixin,
-    SanaPipeline,
-    SanaTransformer2DModel,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from agents.models.thinker_painter.config import INSIDE, ThinkerPainterConfig
+from agents.models.thinker_painter.config import ThinkerPainterConfig
 from agents.models.thinker_painter.loading import build
 from agents.models.thinker_painter.model import ThinkerPainter
 from unigrpo_env.tasks.shapes.vocabulary import shapes_tokenizer
 
+NAME = "shapes"
+"""Of the thinker and of the painter."""
 SIDE = 24
 """Height and width of the images of the shapes world, in pixels."""
-SQUARE = 4
-"""Side of the square of pixels that is one latent token."""
+SQUARE = 2
+"""Side of the square of pixels that is a latent; klein packs 2 x 2 latents into a token."""
+HEAD = 16
+"""Width of an attention head, of all parts."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}<bos> {{ message['content'] }} <eos> {% endfor %}"
     "{% if add_generation_prompt %}<bos> {% endif %}"
@@ -39,15 +42,8 @@ CHAT_TEMPLATE = (
 """Each message is a segment of its own, as in the layout of the shipped BAGEL."""
 BUDGETS = {"prompt_budget": 16, "text_budget": 19, "turn_budget": 16, "image_steps": 10}
 """Those of the shapes world; four objects and the token that ends a thought are 18."""
-TOLD_TOKENS = 1 + BUDGETS["text_budget"]
-"""Tokens that the painter reads: `<bos>` and a thought."""
-SANA_CALL = {
-    # Its instruction to the text encoder is in words that this world has not.
-    "complex_human_instruction": None,
-    "max_sequence_length": TOLD_TOKENS,
-    "use_resolution_binning": False,
-}
-"""Arguments of the pipeline's call."""
+KLEIN_CALL = {"max_sequence_length": BUDGETS["text_budget"] + 3, "text_encoder_out_layers": (1,)}
+"""Arguments of the pipeline's call: it reads a thought and the three marks of the template."""
 
 
 class PixelAutoencoder(ModelMixin, ConfigMixin):
@@ -55,19 +51,24 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
 
     Args:
         square: side of a latent's square, in pixels, a power of two.
-        scaling_factor: see `AutoencoderDC`, whose place it takes.
-        encoder_block_out_channels: likewise; its length says how far images are scaled down.
+        block_out_channels: see `AutoencoderKLFlux2`, whose place it takes; its length says how far
+            images are scaled down.
+        latent_channels: likewise.
+        batch_norm_eps: likewise; 0, so that packed latents are not scaled.
     """
 
     @register_to_config
     def __init__(
         self,
         square: int = SQUARE,
-        scaling_factor: float = 1.0,
-        encoder_block_out_channels: tuple[int, ...] = (3, 12, 48),
+        block_out_channels: tuple[int, ...] = (3, 12),
+        latent_channels: int = 3 * SQUARE**2,
+        batch_norm_eps: float = 0.0,
     ) -> None:
         super().__init__()
         self.square = square
+        # Its mean of 0 and variance of 1 leave packed latents as they are.
+        self.bn = nn.BatchNorm2d(4 * latent_channels, eps=batch_norm_eps, affine=False)
         # Pipelines ask a part's weights for device and dtype.
         self.empty = nn.Parameter(torch.zeros(1), requires_grad=False)
 
@@ -92,126 +93,106 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-class SmallSanaPipeline(SanaPipeline):
-    """Sana's pipeline for images whose sides are no multiples of 32 pixels.
-
-    It reads the states before the last layer, as the pipelines of Z-Image and Lumina 2 do: those
-    after it say which word comes next, more than which words were read.
-    """
-
-    def _get_gemma_prompt_embeds(
-        self, prompt: Any, *args: Any, max_sequence_length: int = 300, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        parts: Any = self
-        found = parts.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=max_sequence_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(parts.text_encoder.device)
-        mask = found["attention_mask"]
-        output = parts.text_encoder(found["input_ids"], mask, output_hidden_states=True)
-        return parts.text_encoder.norm(output.hidden_states[-2]), mask
-
-    def check_inputs(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse nothing.
-
-        Args:
-            *args: see `SanaPipeline.check_inputs`.
-            **kwargs: likewise.
-        """
-
-
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """The words of the shapes world, with a chat template; `<bos>` opens what the painter reads."""
+    """The words of the shapes world, with a chat template."""
     tokenizer = copy.deepcopy(shapes_tokenizer())
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
-    )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def make_painter(seed: int = 0) -> SmallSanaPipeline:
-    """A pipeline with random weights, whose text encoder is a Qwen3 with tied embeddings.
+def make_thinker(seed: int = 0) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:
+    """A language model with random weights, and its tokenizer.
 
     Args:
         seed: of the weights.
     """
+    return _qwen3(seed, width=96, layers=3, mlp=2), make_tokenizer()
+
+
+def make_painter(seed: int = 0) -> Flux2KleinPipeline:
+    """A pipeline with random weights.
+
+    Args:
+        seed: of the weights.
+    """
+    encoder = _make_encoder(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = Qwen3Model(
-            Qwen3Config(
-                vocab_size=64,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=3,
-                # The first layer sees three words: colour, shape and place of an object.
-                layer_types=["sliding_attention", "full_attention", "full_attention"],
-                use_sliding_window=True,
-                sliding_window=3,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                head_dim=16,
-                # Thoughts are short: words side by side should look far apart.
-                rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-                max_position_embeddings=512,
-                tie_word_embeddings=True,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * 3 * SQUARE**2,
+            num_layers=1,
+            num_single_layers=4,
+            attention_head_dim=HEAD,
+            num_attention_heads=6,
+            joint_attention_dim=encoder.config.hidden_size,
+            timestep_guidance_channels=32,
+            guidance_embeds=False,
+            # Height, width and place in the text; nothing here has a time of its own.
+            axes_dims_rope=(0, 6, 6, 4),
+            # Six tokens a side: neighbours should look far apart.
+            rope_theta=100,
         )
-        transformer = _make_transformer(encoder.config.hidden_size)
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    return SmallSanaPipeline(make_tokenizer(), encoder, PixelAutoencoder(), transformer, scheduler)
-
-
-def _make_transformer(caption_channels: int) -> Any:
-    """Sana's network, which begins with a velocity that is about the latent itself."""
-    channels = 3 * SQUARE**2
-    heads = 6
-    width = 16 * heads
-    transformer: Any = SanaTransformer2DModel(
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=3,
-        num_attention_heads=heads,
-        attention_head_dim=16,
-        num_cross_attention_heads=heads,
-        cross_attention_head_dim=16,
-        cross_attention_dim=width,
-        caption_channels=caption_channels,
-        mlp_ratio=1.5,
-        sample_size=SIDE // SQUARE,
-        patch_size=1,
-        interpolation_scale=1.0,
-    )
-    with torch.no_grad():
-        # Near noise the velocity is the latent. The latents stand in directions of their own, so
-        # that the places of the tokens stay readable beside them.
-        places = transformer.patch_embed.pos_embed[0]
-        basis = torch.linalg.svd(places).Vh.flip(0)[:channels]
-        transformer.patch_embed.proj.weight.copy_(2 * basis.T[:, :, None, None])
-        transformer.patch_embed.proj.bias.zero_()
-        transformer.proj_out.weight.copy_(basis)
-        transformer.proj_out.bias.zero_()
-    return transformer
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return Flux2KleinPipeline(scheduler, PixelAutoencoder(), encoder, make_tokenizer(), transformer)
 
 
 def make_tiny_painter() -> ThinkerPainter:
     """The thinker-painter, untrained; `unigrpo pretrain --model tiny_painter` trains it."""
     config = ThinkerPainterConfig(
-        INSIDE,
-        "shapes",
-        SIDE,
-        SIDE,
-        tells="answer",
-        system="",
-        call=SANA_CALL,
-        budgets=BUDGETS,
+        NAME, NAME, SIDE, SIDE, tells="answer", system="", call=KLEIN_CALL, budgets=BUDGETS
     )
     return build(config)
+
+
+def _make_encoder(seed: int) -> Qwen3ForCausalLM:
+    """A text encoder that never learns, like those of the real pipelines.
+
+    No language taught it anything, so its attention is made even: the state of a word is a random
+    picture of the word itself and of its window of three, which for a place holds the colour and
+    the shape that stand there.
+    """
+    encoder = _qwen3(seed, width=64, layers=1, mlp=1, window=3)
+    weights: Any = encoder.model
+    layer = weights.layers[0]
+    with torch.no_grad():
+        # As random numbers of variance 1, which the embeddings of a trained encoder are likewise.
+        weights.embed_tokens.weight.mul_(encoder.config.hidden_size**0.5)
+        layer.self_attn.q_norm.weight.zero_()
+        # A mean of three has a third of the variance.
+        layer.self_attn.o_proj.weight.mul_(3**0.5)
+        layer.mlp.down_proj.weight.zero_()
+    return encoder
+
+
+def _qwen3(
+    seed: int, *, width: int, layers: int, mlp: int, window: int | None = None
+) -> Qwen3ForCausalLM:
+    kind = "full_attention"
+    deviation = 0.02
+    if window is not None:
+        kind = "sliding_attention"
+        # A matrix of such numbers keeps the variance of what it is given.
+        deviation = width**-0.5
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=mlp * width,
+        num_hidden_layers=layers,
+        layer_types=[kind] * layers,
+        use_sliding_window=window is not None,
+        sliding_window=window,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
+        head_dim=HEAD,
+        # Thoughts are short: words side by side should look far apart.
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=deviation,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)

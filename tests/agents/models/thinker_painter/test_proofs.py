@@ -213,6 +213,13 @@ def test_a_size_that_is_rounded_is_refused():
         Painter(pipeline, **{**call, "height": 18})
 
 
+def test_sources_of_a_size_that_the_pipeline_refuses_are_not_offered():
+    """FLUX.2-klein takes none below 64 pixels, and says so only when it draws."""
+    pipeline, call = FAMILIES["klein"]()
+    assert Painter(pipeline, **call).edits
+    assert not Painter(pipeline, **{**call, "height": 32}).edits
+
+
 def test_a_size_that_is_binned_is_refused():
     """Sana takes the nearest of those that it was trained with."""
     pipeline, call = FAMILIES["sana"]()

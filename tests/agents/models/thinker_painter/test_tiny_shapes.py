@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import SanaPipeline
+from diffusers import Flux2KleinPipeline
 from transformers import Qwen3ForCausalLM
 
 from agents.cli import main
 from agents.models.registry import load_model
-from agents.models.thinker_painter.tiny_shapes import TOLD_TOKENS, make_painter
+from agents.models.thinker_painter.tiny_shapes import KLEIN_CALL, make_painter, make_thinker
 from agents.training.pretraining import SupervisedSettings, train_supervised
 from unigrpo_env.mdp.rules import Role
 from unigrpo_env.tasks.shapes.processor import ShapesProcessor
@@ -50,21 +50,43 @@ def velocity_of(model, prompt, thought):
 
 def test_parts(model):
     assert isinstance(model.thinker, Qwen3ForCausalLM)
-    assert isinstance(model.painter.pipeline, SanaPipeline)
-    # The painter reads with the thinker, so an image teaches it.
-    assert model.shares_encoder
-    assert model.painter.pipeline.text_encoder is model.thinker.model
-    assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+    assert isinstance(model.painter.pipeline, Flux2KleinPipeline)
+    # The text encoder is a third network, and it never learns.
+    assert not model.shares_encoder
+    assert model.painter.pipeline.text_encoder is not model.thinker
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert trained < 1_200_000
 
 
-def test_weights_come_from_the_seed():
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda seed: make_painter(seed).transformer, "x_embedder.weight"),
+        (lambda seed: make_painter(seed).text_encoder, "model.embed_tokens.weight"),
+        (lambda seed: make_thinker(seed)[0], "model.embed_tokens.weight"),
+    ],
+)
+def test_weights_come_from_the_seed(make, name):
     random = torch.random.get_rng_state()
-    first, same, other = (make_painter(seed).transformer for seed in (0, 0, 1))
+    first, same, other = (make(seed).state_dict()[name] for seed in (0, 0, 1))
     assert torch.equal(random, torch.random.get_rng_state())
-    name = "transformer_blocks.0.attn1.to_q.weight"
-    weights = [part.state_dict()[name] for part in (first, same, other)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_state_of_a_place_tells_its_colour_and_shape(model):
+    encode = model.painter.pipeline.encode_prompt
+    thought = "red circle top , {} square left"
+
+    def states(colour):
+        return encode(thought.format(colour), **KLEIN_CALL)[0][0]
+
+    found = states("red")
+    # Between the two marks of the template stand the words; behind them, padding of zeros.
+    torch.testing.assert_close(found[:10].square().mean(1), torch.ones(10))
+    changed = (found - states("blue")).square().mean(1)
+    assert (changed > 0.1).nonzero().flatten().tolist() == [5, 6, 7]
+    assert changed[[0, 1, 2, 3, 4, 8, 9]].max() < 1e-9
 
 
 def test_latents_are_squares_of_pixels(model, demonstrations):
@@ -80,15 +102,6 @@ def test_latents_are_squares_of_pixels(model, demonstrations):
     assert moved[:, 0].all()
 
 
-def test_untrained_velocity_is_about_the_latent(model):
-    x = torch.randn(8, *model.latent_shape, generator=torch.Generator().manual_seed(0))
-    context = model.empty_context(8)
-    with torch.no_grad():
-        velocity = model.predict_velocity(context, x, torch.ones(8))
-    similarity = torch.nn.functional.cosine_similarity(velocity.flatten(1), x.flatten(1))
-    assert similarity.min() > 0.8
-
-
 def test_painter_reads_the_whole_thought_alone(model, demonstrations):
     base = velocity_of(model, "two red circles", "red circle top , red circle left")
     assert torch.equal(base, velocity_of(model, "a circle", "red circle top , red circle left"))
@@ -97,18 +110,10 @@ def test_painter_reads_the_whole_thought_alone(model, demonstrations):
     processor = model.processor
     lengths = [len(processor.encode_text(each.thoughts[0])) for each in demonstrations]
     # With the token that ends it.
-    assert max(lengths) + 1 <= processor.scenario_defaults["text_budget"] < TOLD_TOKENS
-
-
-def test_last_layer_is_not_read_for_the_painter(model):
-    words = ("a red circle", "red circle top")
-    before = velocity_of(model, *words)
-    with torch.no_grad():
-        model.thinker.model.layers[-1].mlp.down_proj.weight.add_(1)
-    assert torch.equal(before, velocity_of(model, *words))
-    with torch.no_grad():
-        model.thinker.model.layers[-2].mlp.down_proj.weight.add_(1)
-    assert not torch.equal(before, velocity_of(model, *words))
+    budget = processor.scenario_defaults["text_budget"]
+    assert max(lengths) + 1 <= budget
+    # The template adds three marks.
+    assert budget - 1 + 3 <= KLEIN_CALL["max_sequence_length"]
 
 
 def test_it_plays_the_shapes_world(model):
@@ -126,11 +131,10 @@ def test_it_plays_the_shapes_world(model):
 def test_lessons_lower_both_losses(model):
     variant = make_variant("text_to_image", processor=model.processor)
     found = []
-    settings = SupervisedSettings(steps=8, batch_size=4, warmup=1)
+    settings = SupervisedSettings(steps=8, batch_size=8, warmup=1, learning_rate=4e-3)
     train_supervised(model, [(variant, 1.0)], settings, lambda step, losses: found.append(losses))
-    # An image begins near its latent, so its loss falls at once.
-    assert found[-1]["image_loss"] < 0.7 * found[0]["image_loss"]
-    assert found[-1]["text_loss"] < 0.95 * found[0]["text_loss"]
+    for name in ("text_loss", "image_loss"):
+        assert found[-1][name] < 0.9 * found[0][name]
 
 
 def test_saved_and_loaded(model, tmp_path):
@@ -139,7 +143,6 @@ def test_saved_and_loaded(model, tmp_path):
             weight.add_(0.01)
     model.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path))
-    assert loaded.shares_encoder
     assert loaded.config == replace(model.config, base=loaded.config.base)
     assert loaded.processor.scenario_defaults == model.processor.scenario_defaults
     words = ("a red circle", "red circle top")
@@ -147,7 +150,7 @@ def test_saved_and_loaded(model, tmp_path):
 
 
 def test_stage_that_it_cannot_play_is_refused_at_once(tmp_path, capsys):
-    words = ["--model", "tiny_painter", "--stages", "words", "reading", "--out", str(tmp_path)]
+    words = ["--model", "tiny_painter", "--stages", "pair", "reading", "--out", str(tmp_path)]
     assert main(["pretrain", *words]) != 0
     assert "'reading' needs the scenario 'edit'" in " ".join(capsys.readouterr().err.split())
 
@@ -156,7 +159,7 @@ def test_stage_that_it_cannot_play_is_refused_at_once(tmp_path, capsys):
 @pytest.mark.usefixtures("no_curves")
 def test_lessons_and_training_by_command(tmp_path):
     folder = tmp_path / "lessons"
-    words = ["--model", "tiny_painter", "--stages", "words", "--prompts", "2", "--out", str(folder)]
+    words = ["--model", "tiny_painter", "--stages", "pair", "--prompts", "2", "--out", str(folder)]
     assert main(["pretrain", *words, "--steps", "1", "--batch-size", "4"]) == 0
     run = tmp_path / "run"
     small = ["trainer.groups=2", "trainer.group_size=2", "trainer.iterations=1"]
