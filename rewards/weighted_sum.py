@@ -1,137 +1,30 @@
-"""The registered rewards, and weighted sums of them."""
+"""Weighted sums of rewards."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewards.base import EpisodeBatch, Reward, Scores
-from rewards.registry import Registry, did_you_mean
+from rewards.base import EpisodeBatch, Failures, Reward, RewardResult, Scores
+from rewards.expression import parse_sum
+from rewards.factory import BUILT_IN, REWARDS, Options, check_entry, make_reward, register_reward
+from rewards.registry import did_you_mean
+
+__all__ = ["BUILT_IN", "REWARDS", "RewardLike", "WeightedReward", "register_reward"]
 
 RewardLike = str | Reward | Mapping[Any, float] | Sequence[str | Reward]
 """Everything that `WeightedReward` takes for a reward."""
 
-BUILT_IN = {
-    "shapes": "rewards.shapes.verifier:shapes",
-    "shapes_score": "rewards.shapes.verifier:shapes_score",
-    "shapes_thought": "rewards.shapes.verifier:shapes_thought",
-    "crispness": "rewards.shapes.verifier:crispness",
-    "soft_shapes": "rewards.shapes.soft:soft_shapes",
-    "edit": "rewards.shapes.multi_image:edit",
-    "edit_thought": "rewards.shapes.multi_image:edit_thought",
-    "story": "rewards.shapes.multi_image:story",
-    "dialogue": "rewards.shapes.multi_image:dialogue",
-    "reflect": "rewards.shapes.multi_image:reflect",
-    "extra_images": "rewards.shapes.multi_image:extra_images",
-    "brevity": "rewards.text:brevity",
-    "toy": "rewards.toy:toy",
-}
-"""Where the rewards of this library are. They are imported when they are first used."""
-
-REWARDS: Registry[Reward] = Registry("reward", entry_point_group="unigrpo.rewards")
-"""All rewards by name. Installed packages add theirs by entry points `unigrpo.rewards`."""
-
-for _name, _location in BUILT_IN.items():
-    REWARDS.add(_name, _location)
-
-
-def register_reward(name: str) -> Callable[[Reward], Reward]:
-    """Decorator that makes a batched function known by a name.
-
-    Args:
-        name: its name in Python, in configs and on the command line.
-
-    Raises:
-        ValueError: the name is taken.
-        TypeError: what is decorated is a class, a coroutine function or not callable.
-    """
-
-    def register(reward: Reward) -> Reward:
-        """Add the reward and return it unchanged."""
-        _check_callable(name, reward)
-        REWARDS.add(name, reward)
-        return reward
-
-    return register
-
-
-def _check_callable(name: str, reward: object) -> None:
-    """Refuse what cannot be called on a batch of episodes to get scores."""
-    # A class is callable, so it would fail only after the first episodes are played.
-    if inspect.isclass(reward):
-        raise TypeError(
-            f"reward {name!r} is the class {reward.__name__}, and calling it makes an object "
-            f"instead of scores; register an instance, such as {reward.__name__}()"
-        )
-    if not callable(reward):
-        raise TypeError(
-            f"expected reward {name!r} to be a callable that takes an EpisodeBatch, "
-            f"got {type(reward).__name__}"
-        )
-    # An object may have a coroutine function as its `__call__`.
-    call = getattr(reward, "__call__", None)  # noqa: B004 (the method itself is asked for)
-    if inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(call):
-        raise TypeError(
-            f"reward {name!r} is a coroutine function; expected a plain function that returns "
-            "its scores (it may call asyncio.run inside)"
-        )
-
-
-# The sign in front of a number belongs to the term, the one after `e` to the number.
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_NAME = r"[^\W\d]\w*(?:[-./:][^\W\d]\w*)*"
-# A sign; a number and `*`, or not; a name; `*` and a number, or not. Then the next sign or the end.
-_TERM = re.compile(
-    rf"\s*(?P<sign>[+-]?\s*-?)\s*(?:(?P<before>{_NUMBER})\s*\*\s*)?(?P<name>{_NAME})"
-    rf"(?:\s*\*\s*(?P<after>-?{_NUMBER}))?\s*(?=[+-]|$)"
-)
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """Read weights by name from a sum.
-
-    A term is a name, or a name and a number joined by `*`, in either order. A name may hold `-`
-    before a letter, so a minus between two names needs a space after it.
-
-    Args:
-        text: the sum.
-
-    Returns:
-        The weight of each name, in order; of a name that stands twice, the sum.
-
-    Raises:
-        ValueError: the text is not such a sum.
-
-    >>> parse_weights("shapes + 0.1 * brevity")
-    {'shapes': 1.0, 'brevity': 0.1}
-    >>> parse_weights("shapes - brevity * 0.1")
-    {'shapes': 1.0, 'brevity': -0.1}
-    """
-    weights: dict[str, float] = {}
-    position = 0
-    while text[position:].strip():
-        term = _TERM.match(text, position)
-        if term is None:
-            raise ValueError(
-                f"expected a reward such as 'shapes + 0.1 * brevity', got {text!r}: "
-                f"{text[position:].strip()!r} does not begin with a name, or with a number, "
-                "`*` and a name"
-            )
-        # A number that is left out is 1. Both orders are allowed, so either may be there.
-        weight = float(term["before"] or 1.0) * float(term["after"] or 1.0)
-        # "a + -b" has a sign of its own after that of the sum, and "a - -b" has two.
-        if term["sign"].count("-") == 1:
-            weight = -weight
-        weights[term["name"]] = weights.get(term["name"], 0.0) + weight
-        position = term.end()
-    return weights
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -147,24 +40,29 @@ class WeightedReward:
     """A weighted sum of rewards: the sum of `weight * reward` over its parts.
 
     Args:
-        weights: a name, a sum as for `parse_weights`, a callable, a mapping from names or
-            callables to weights, or a sequence of names and callables, whose weights are 1.
+        weights: a name, a sum as for `rewards.expression.parse_sum`, a callable, a mapping from
+            names or callables to weights, or a sequence of names and callables, whose weights
+            are 1.
+        options: of rewards by their names, as for `make_reward`. Those that stand in the sum
+            itself come before them. Names that the sum lacks are left alone, because several sums
+            share one mapping.
 
     Raises:
-        ValueError: an unknown name, no reward at all, or a weight that is not finite.
+        ValueError: an unknown name or option, no reward at all, or a weight that is not finite.
         TypeError: something else than a reward; a class; a coroutine function.
     """
 
-    def __init__(self, weights: RewardLike) -> None:
+    def __init__(self, weights: RewardLike, options: Options | None = None) -> None:
         self._parts: list[_Part] = []
-        for entry, weight in _terms(weights):
+        self._known_failures: set[str] = set()
+        options = options or {}
+        for entry, weight, written in _terms(weights, options):
             if isinstance(entry, str):
                 name = entry
-                reward = REWARDS[entry]
+                reward = make_reward(name, {**options.get(name, {}), **written})
             else:
                 name = getattr(entry, "__name__", type(entry).__name__)
-                reward = entry
-            _check_callable(name, reward)
+                reward = _callable(name, entry)
             # Two functions may have one name, such as "<lambda>"; the log needs two.
             taken = {part.name for part in self._parts}
             self._parts.append(_Part(_unused(name, taken), reward, _finite(name, weight)))
@@ -172,8 +70,22 @@ class WeightedReward:
             known = did_you_mean("", list(REWARDS))
             raise ValueError(f"expected at least one reward, got none; {known}")
 
+    def prepare(self) -> None:
+        """Let each part load what it needs, so that a missing package or server shows at once.
+
+        Raises:
+            Exception: whatever a part raised, with a note of its name.
+        """
+        for part in self._parts:
+            prepare = getattr(part.reward, "prepare", None)
+            if prepare is not None:
+                with _noting(f"raised while reward {part.name!r} was prepared"):
+                    prepare()
+
     def __call__(self, episodes: EpisodeBatch, keep_gradient: bool = False) -> Scores:
         """Score a batch of episodes.
+
+        Parts with a `submit` begin first, and the others run meanwhile.
 
         Args:
             episodes: what to score.
@@ -185,35 +97,94 @@ class WeightedReward:
         """
         total = torch.zeros(len(episodes))
         components: dict[str, Tensor] = {}
-        for part in self._parts:
-            try:
-                components |= _components(part, episodes, keep_gradient)
-            except Exception as error:
-                error.add_note(f"raised by reward {part.name!r} on {len(episodes)} episodes")
-                raise
+        failures = Failures()
+        for part, result in zip(self._parts, self._results(episodes), strict=True):
+            with _noting(_raised_by(part, episodes)):
+                components |= _components(part, result, len(episodes), keep_gradient)
             # A NaN stays NaN with any weight, 0 too: the episode could not be scored.
             total = total + part.weight * components[part.name]
-        return Scores(total, components)
+            if isinstance(result, Scores):
+                failures = failures.merged(result.failures.under(part.name))
+        self._log_new_kinds(failures)
+        return Scores(total, components, failures)
+
+    def _results(self, episodes: EpisodeBatch) -> list[RewardResult]:
+        """What each part returns, in order."""
+        begun: dict[int, Future[RewardResult]] = {}
+        results: dict[int, RewardResult] = {}
+        try:
+            for index, part in enumerate(self._parts):
+                submit = getattr(part.reward, "submit", None)
+                if submit is not None:
+                    with _noting(_raised_by(part, episodes)):
+                        begun[index] = submit(episodes)
+            for index, part in enumerate(self._parts):
+                if index not in begun:
+                    with _noting(_raised_by(part, episodes)):
+                        results[index] = part.reward(episodes)
+            for index, future in begun.items():
+                with _noting(_raised_by(self._parts[index], episodes)):
+                    results[index] = future.result()
+        except BaseException:
+            # Nothing may score on in the background, for a batch that nobody waits for.
+            wait([future for future in begun.values() if not future.cancel()])
+            raise
+        return [results[index] for index in range(len(self._parts))]
+
+    def _log_new_kinds(self, failures: Failures) -> None:
+        """Say each kind of failure once: below the allowed share nothing else would tell of it."""
+        new = set(failures.counts) - self._known_failures
+        if new:
+            self._known_failures |= new
+            logger.warning("some episodes have no score (each kind is said once): %s", failures)
 
 
-def _terms(weights: RewardLike) -> list[tuple[Any, Any]]:
-    """Names or callables with their weights, in order."""
-    terms: list[tuple[Any, Any]]
-    if isinstance(weights, str) and weights in REWARDS:
+@contextmanager
+def _noting(note: str) -> Iterator[None]:
+    """Add a note to what is raised inside."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(note)
+        raise
+
+
+def _raised_by(part: _Part, episodes: EpisodeBatch) -> str:
+    return f"raised by reward {part.name!r} on {len(episodes)} episodes"
+
+
+def reward_names(weights: RewardLike, options: Options | None = None) -> list[str]:
+    """The names that stand in a reward; its callables are left out.
+
+    Args:
+        weights: as for `WeightedReward`.
+        options: likewise.
+
+    Raises:
+        ValueError: a text that is no sum.
+        TypeError: something else than a reward.
+    """
+    return [entry for entry, _, _ in _terms(weights, options or {}) if isinstance(entry, str)]
+
+
+def _terms(weights: RewardLike, options: Options) -> list[tuple[Any, Any, Mapping[str, Any]]]:
+    """Names or callables with their weights and the options beside them, in order."""
+    terms: list[tuple[Any, Any, Mapping[str, Any]]]
+    if isinstance(weights, str) and (weights in REWARDS or weights in options):
         # Also a name that cannot stand in a sum, such as one with a space.
-        terms = [(weights, 1.0)]
+        terms = [(weights, 1.0, {})]
     elif isinstance(weights, str):
-        terms = list(parse_weights(weights).items())
+        terms = [(term.name, term.weight, term.options) for term in parse_sum(weights)]
     # A mapping that can be called is meant as a reward, so this comes first.
     elif callable(weights):
-        terms = [(weights, 1.0)]
+        terms = [(weights, 1.0, {})]
     elif isinstance(weights, Mapping):
-        terms = list(weights.items())
+        terms = [(entry, weight, {}) for entry, weight in weights.items()]
     elif isinstance(weights, Sequence):
-        terms = [(entry, 1.0) for entry in weights]
+        terms = [(entry, 1.0, {}) for entry in weights]
     else:
         raise _not_a_reward(weights)
-    for entry, _weight in terms:
+    for entry, _, _ in terms:
         if not isinstance(entry, str) and not callable(entry):
             raise _not_a_reward(entry)
     return terms
@@ -225,6 +196,18 @@ def _not_a_reward(thing: object) -> TypeError:
         "from names or callables to weights, or a sequence of names and callables; "
         f"got {thing!r} ({type(thing).__name__})"
     )
+
+
+def _callable(name: str, entry: Reward) -> Reward:
+    """A reward that was given as an object, if it can be called on episodes."""
+    # A class is callable too, so it would fail only after the first episodes are played.
+    if inspect.isclass(entry):
+        raise TypeError(
+            f"reward {name!r} is the class {entry.__name__}, and calling it makes an object "
+            f"instead of scores; give an instance, such as {entry.__name__}()"
+        )
+    check_entry(name, entry)
+    return entry
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -249,20 +232,26 @@ def _finite(name: str, weight: Any) -> float:
     return number
 
 
-def _components(part: _Part, episodes: EpisodeBatch, keep_gradient: bool) -> dict[str, Tensor]:
-    """Call one reward and check what it returns: `[N]` float32 by the names for the log."""
-    result = part.reward(episodes)
-    if not isinstance(result, Mapping):
-        result = {"reward": result}
-    if "reward" not in result:
+def _components(
+    part: _Part, result: RewardResult, count: int, keep_gradient: bool
+) -> dict[str, Tensor]:
+    """Check what a reward returned: `[N]` float32 by the names for the log."""
+    values: Mapping[str, Tensor | Sequence[float]]
+    if isinstance(result, Scores):
+        values = {**result.components, "reward": result.reward}
+    elif isinstance(result, Mapping):
+        values = result
+    else:
+        values = {"reward": result}
+    if "reward" not in values:
         raise ValueError(
-            f"reward {part.name!r} returned the components {sorted(result)}; "
+            f"reward {part.name!r} returned the components {sorted(values)}; "
             "expected one of them to be 'reward'"
         )
     components = {}
-    for key, values in result.items():
+    for key, entry in values.items():
         label = f"{part.name}/{key}"
-        checked = _per_episode(values, label, len(episodes), keep_gradient)
+        checked = _per_episode(entry, label, count, keep_gradient)
         # The reward itself is logged by the bare name, what is beside it by name/key.
         if key == "reward":
             components[part.name] = checked

@@ -97,7 +97,9 @@ def top_level_imports(path):
 
 def test_no_pickle():
     for path in (path for folder in TOP for path in files(folder)):
-        assert "torch.load(" not in path.read_text(), path
+        for line in path.read_text().splitlines():
+            # Weights of others may come in no other form; then nothing but tensors is read.
+            assert "torch.load(" not in line or "weights_only=True" in line, path
         assert "pickle" not in {module.split(".")[0] for module in imported(path)}, path
 
 

@@ -182,7 +182,7 @@ def test_pages_have_commands():
 def test_settings_and_groups_exist(page):
     for command, *words in commands(page):
         overrides = [word for word in words if "=" in word and not word.startswith("-")]
-        if command not in ("train", "evaluate"):
+        if command not in ("train", "evaluate", "benchmark"):
             assert not overrides, f"{page}: {command} takes no settings: {overrides}"
         check_names(overrides)
         for override in overrides:
@@ -212,7 +212,7 @@ def test_commands_compose(page):
     for command, *words in commands(page):
         overrides = [word for word in words if "=" in word and not word.startswith("-")]
         # A sweep has several values for one setting.
-        if command in ("train", "evaluate") and "--multirun" not in words:
+        if command in ("train", "evaluate", "benchmark") and "--multirun" not in words:
             load_config([word for word in overrides if not is_placeholder(word)])
 
 

@@ -81,8 +81,9 @@ class InterleavedGenEnv(gym.Env[Observation, Action]):
 
     ## Arguments
     `variant`: a registered name or a `Variant`. `processor`, `task`, `reward`, `thought_reward`,
-    `round_reward` replace the variant's own; see `make_variant`. `render_mode`: `"rgb_array"` or
-    None. Further arguments are the variant's settings: `text_budget`, `image_steps`, ...
+    `round_reward`, `reward_options` replace the variant's own; see `make_variant`. `render_mode`:
+    `"rgb_array"` or None. Further arguments are the variant's settings: `text_budget`,
+    `image_steps`, ...
 
     ## Version History
     v0: first release.

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from torch import Tensor
 
-from rewards import EpisodeBatch
+from rewards import EpisodeBatch, Failures
 from unigrpo_env.inputs import check_action, encode_prompt, encode_turn, fit_sources
 from unigrpo_env.mdp.rules import Phase
 from unigrpo_env.mdp.state import EncodedPrompt, EpisodeState
@@ -34,6 +34,7 @@ class StepResult:
             the way.
         components: named parts of the reward at the end, `[N]` float32, NaN elsewhere.
         paid: the parts of `reward`, see `Payment.parts`.
+        failures: see `Payment.failures`.
     """
 
     reward: Tensor
@@ -41,6 +42,7 @@ class StepResult:
     unscored: Tensor
     components: dict[str, Tensor] = field(default_factory=dict)
     paid: dict[str, Tensor] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
 
 
 class Episodes:
@@ -182,7 +184,14 @@ class Episodes:
             # A NaN before the end is kept until the episode ends, and reported then.
             self.unscored |= payment.reward.isnan()
             unscored[ended] = self.unscored[ended]
-        return StepResult(payment.reward, ended, unscored, payment.components, payment.parts)
+        return StepResult(
+            payment.reward,
+            ended,
+            unscored,
+            payment.components,
+            payment.parts,
+            payment.failures,
+        )
 
     def _reply(self, rows: Tensor) -> None:
         """Ask the task for the users' turns after the image that each of `rows` just drew."""

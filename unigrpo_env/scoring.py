@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rewards import EpisodeBatch, WeightedReward
+from rewards import EpisodeBatch, Failures, Scores, WeightedReward
 from unigrpo_env.variants.variant import Variant
 
 
@@ -22,11 +22,13 @@ class Payment:
         parts: of `reward`, `[N]` float32 each, 0 elsewhere: `reward` at the end, `thought_reward`
             and `round_reward` before it. A part that no row is due in this step is left out.
         components: named parts of the reward at the end, `[N]` float32, NaN elsewhere.
+        failures: why rewards could not score, where they said so.
     """
 
     reward: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     components: dict[str, Tensor] = field(default_factory=dict)
+    failures: Failures = field(default_factory=Failures)
 
 
 BatchOf = Callable[[Sequence[int]], EpisodeBatch]
@@ -45,12 +47,13 @@ class Scorer:
     """
 
     def __init__(self, variant: Variant) -> None:
-        self.final = WeightedReward(variant.reward)
+        options = variant.reward_options
+        self.final = WeightedReward(variant.reward, options)
         self.intermediate: dict[str, WeightedReward] = {}
         if variant.thought_reward is not None:
-            self.intermediate["thought_reward"] = WeightedReward(variant.thought_reward)
+            self.intermediate["thought_reward"] = WeightedReward(variant.thought_reward, options)
         if variant.round_reward is not None:
-            self.intermediate["round_reward"] = WeightedReward(variant.round_reward)
+            self.intermediate["round_reward"] = WeightedReward(variant.round_reward, options)
         self._lowest_reward = variant.lowest_reward
         self._asks_for_images = variant.rules.image_budget > 0
 
@@ -72,20 +75,25 @@ class Scorer:
         """
         nothing = torch.zeros(len(images_drawn))
         parts: dict[str, Tensor] = {}
+        failures = Failures()
         for name, rows in (("thought_reward", opened), ("round_reward", drawn)):
             if name in self.intermediate and len(rows):
                 scores = self.intermediate[name](batch(rows.tolist()))
                 # Not in place: `nothing` is still zero for the next part.
                 parts[name] = nothing.index_put((rows,), scores.reward)
+                failures = failures.merged(scores.failures)
         components: dict[str, Tensor] = {}
         if len(ended):
-            parts["reward"], components = self._pay_end(batch, ended, images_drawn, nothing)
-        return Payment(sum(parts.values(), nothing), parts, components)
+            final = self._pay_end(batch, ended, images_drawn, nothing)
+            parts["reward"] = final.reward
+            components = final.components
+            failures = failures.merged(final.failures)
+        return Payment(sum(parts.values(), nothing), parts, components, failures)
 
     def _pay_end(
         self, batch: BatchOf, ended: Tensor, images_drawn: Tensor, nothing: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reward at the end and its components."""
+    ) -> Scores:
+        """The reward at the end, `[N]` with 0 elsewhere, and its components, NaN elsewhere."""
         # [ended] bool. An episode that lacks the image it was asked for is not scored.
         is_scored = images_drawn[ended] > 0
         if not self._asks_for_images:
@@ -95,7 +103,7 @@ class Scorer:
         reward = nothing.index_put((ended[~is_scored],), lowest)
         rows = ended[is_scored]
         if len(rows) == 0:
-            return reward, {}
+            return Scores(reward)
         scores = self.final(batch(rows.tolist()))
         reward[rows] = scores.reward
         # [N]: NaN, not 0, so that a mean leaves out the rows that have no such component.
@@ -103,4 +111,4 @@ class Scorer:
         components = {}
         for name, values in scores.components.items():
             components[name] = unknown.index_put((rows,), values)
-        return reward, components
+        return Scores(reward, components, scores.failures)

@@ -166,7 +166,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
             Observation; reward `[N]` float32; terminated `[N]` bool, True from the end on;
             truncated, all False; infos: `prompts`, and when rows ended their indices `ended`,
             `unscored` `[N]` bool and the reward's `components` by name, NaN elsewhere; when
-            something was paid, `paid`, its parts by name, `[N]` float32. With `to_numpy` the infos
+            something was paid, `paid`, its parts by name, `[N]` float32; when a reward said why
+            it could not score, `failures`, which arrays cannot hold. With `to_numpy` the infos
             are those of the single env but for `metadata`, joined as Gymnasium's vector envs join
             them.
 
@@ -196,6 +197,8 @@ class InterleavedGenVectorEnv(VectorEnv[dict[str, Any], dict[str, Any], Any]):
             infos["components"] = result.components
         if result.paid:
             infos["paid"] = result.paid
+        if result.failures:
+            infos["failures"] = result.failures
         truncated = torch.zeros_like(terminated)
         return self._observation(), result.reward, terminated, truncated, infos
 

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, sample, merge, pretrain, tables, list.
+"""The command line, `unigrpo COMMAND`: see `COMMANDS`.
 
 Each command is a module with `main(argv)`, imported only when it is called, so that
 `unigrpo --help` needs neither torch nor hydra.
@@ -16,8 +16,10 @@ from agents.cli.errors import report_errors
 COMMANDS = {
     "train": ("train", "Train a model by UniGRPO or by another method, and write a report."),
     "evaluate": ("evaluate", "Held-out accuracy of a model, sampled and greedy."),
+    "benchmark": ("benchmark", "Draw a list of prompts several times and score every image."),
     "sample": ("sample", "Let a model think about a prompt and draw it."),
     "merge": ("merge", "Add trained adapters to the weights of their model, and write it whole."),
+    "serve-reward": ("serve_reward", "Score over HTTP for runs on other machines."),
     "pretrain": ("pretrain", "Train the weights that come with the library, from nothing."),
     "tables": ("tables", "The paper's comparisons and the other scenarios, on one page."),
     "list": ("listing", "Methods, kernels, objectives, variants, rewards and models."),

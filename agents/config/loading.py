@@ -12,7 +12,7 @@ from typing import Any, cast, get_type_hints
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from agents.config.messages import did_you_mean, readable_errors
 from agents.config.schema import Config
@@ -27,8 +27,14 @@ SETTINGS_HEADER = """\
 # unigrpo train --config-dir {folder} --config-name {name} output.folder=...
 """
 
-# `config.yaml` begins its list of defaults with this name, so that values are checked by type.
-ConfigStore.instance().store(name="schema", node=Config)
+
+def _schema() -> DictConfig:
+    """All settings by type, for hydra."""
+    schema = OmegaConf.structured(Config)
+    # Hydra refuses keys that are not there yet; those of a free mapping come from the user.
+    for name in free_mappings():
+        OmegaConf.set_struct(OmegaConf.select(schema, name), False)
+    return schema
 
 
 def load_config(overrides: Sequence[str] = ()) -> Config:
@@ -96,6 +102,16 @@ def settings() -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     yield from _settings_of(Config, "")
 
 
+def free_mappings() -> list[str]:
+    """List the settings whose value is a mapping with keys of the user's choice."""
+    found = []
+    for name, entry in settings():
+        make_default = entry.default_factory
+        if make_default is not dataclasses.MISSING and isinstance(make_default(), dict):
+            found.append(name)
+    return found
+
+
 def _settings_of(section: type, prefix: str) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     # Annotations are text in that module; `get_type_hints` gives the dataclasses.
     kinds = get_type_hints(section)
@@ -147,12 +163,14 @@ def check_names(
     if isinstance(overrides, str):
         raise TypeError(f"expected a list of overrides, got the text {overrides!r}")
     known = [name for name, _ in settings()]
+    starts = tuple(f"{name}." for name in free_mappings())
     for override in overrides:
         key, equals, _ = override.partition("=")
         # Hydra's marks: `+key` and `++key` add, `~key` deletes, `group@package` moves.
         key = re.sub(r"@.*", "", key.strip().lstrip("+~"))
         # A setting needs a value; hydra's own settings are checked by hydra.
-        if (key in known and equals) or key.startswith(("hydra.", "hydra/")):
+        is_setting = key in known or key.startswith(starts)
+        if (is_setting and equals) or key.startswith(("hydra.", "hydra/")):
             continue
         if key in groups or (more_groups and "." not in key):
             continue
@@ -173,3 +191,7 @@ def _description(text: str) -> str:
         if line.startswith("#") and not line.startswith("# @"):
             return line.removeprefix("#").strip()
     return ""
+
+
+# `config.yaml` begins its list of defaults with this name, so that values are checked by type.
+ConfigStore.instance().store(name="schema", node=_schema())

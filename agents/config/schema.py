@@ -42,11 +42,20 @@ class EnvSettings:
         "", "process reward, paid for a thought before its image is drawn; likewise"
     )
     round_reward: str = setting("", "reward of each image when it is drawn; likewise")
+    reward_options: dict[str, Any] = setting(
+        {},
+        "options of rewards by name, also of the evaluation's:"
+        " env.reward_options.pickscore.device=cuda:1",
+    )
     prompts: str | None = setting(
-        None, "prompt file (.txt or .jsonl) in place of the variant's task"
+        None,
+        "prompt file (.txt or .jsonl) in place of the variant's task; geneval: prompts made from"
+        " GenEval's classes and templates",
     )
     test_prompts: str | None = setting(
-        None, "file of held-out prompts; empty: a tenth of env.prompts is held out"
+        None,
+        "file of held-out prompts, which are kept out of training; empty: a tenth of env.prompts is"
+        " held out",
     )
     prompt_budget: int | None = setting(
         None, "tokens of a prompt at most, marks included; empty: the variant's own"

@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
     _check_section(config, "")
     _check_groups(config)
     _check_prompts(config)
+    _check_reward_options(config)
     _check_kernel(config)
     _check_average(config)
     _check_parts(config)
@@ -97,6 +98,15 @@ def _check_prompts(config: Config) -> None:
             f"expected env.prompts beside env.test_prompts={config.env.test_prompts}, got none: "
             "give the file of the training prompts too"
         )
+
+
+def _check_reward_options(config: Config) -> None:
+    for name, options in config.env.reward_options.items():
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"expected env.reward_options.{name} to be a mapping from options to values, got "
+                f"{options!r}; write env.reward_options.{name}.OPTION=VALUE"
+            )
 
 
 def _check_kernel(config: Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rewards import EpisodeBatch, UnscoredError, WeightedReward
+from rewards import EpisodeBatch, Failures, Scores, UnscoredError, WeightedReward
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import Variant
 
@@ -27,10 +27,11 @@ class LatentScore:
         self.variant = variant
         self.name = reward or variant.reward
         self.max_unscored = max_unscored
-        self.reward = WeightedReward(self.name)
+        self.reward = WeightedReward(self.name, variant.reward_options)
         self.prompts: list[Prompt] = []
         self._images: int | None = None
         self._unscored = 0
+        self._failures = Failures()
 
     def begin(self, images: int) -> None:
         """Say how many images follow, in one call or in several.
@@ -42,6 +43,7 @@ class LatentScore:
         """
         self._images = images
         self._unscored = 0
+        self._failures = Failures()
 
     def __call__(self, latents: Tensor, groups: Tensor) -> Tensor:
         """Rewards `[N]` float32 of latents.
@@ -51,12 +53,14 @@ class LatentScore:
             groups: `[N]` int64, their groups.
 
         Raises:
-            UnscoredError: more than the allowed share could not be scored.
+            UnscoredError: more than the allowed share could not be scored. The first failure that
+                the reward reported is its cause.
             ValueError: the reward has no gradient.
         """
-        scored = self._score(latents, groups)
+        scores = self._score(latents, groups)
+        scored = scores.reward.to(latents.device)
         unknown = scored.isnan()
-        self._check_share(int(unknown.sum()), len(latents))
+        self._check_share(int(unknown.sum()), len(latents), scores.failures)
         if latents.requires_grad and not scored.requires_grad:
             raise ValueError(
                 f"expected a differentiable reward for refl, got {self.name!r}, which gives no "
@@ -69,23 +73,26 @@ class LatentScore:
             scored = 0 * latents.flatten(1).sum(1)
             if len(known):
                 # Scored again, so that no NaN is on the way of a gradient.
-                again = self._score(latents[known], groups[known])
+                again = self._score(latents[known], groups[known]).reward.to(latents.device)
                 scored = scored.index_put((known,), again)
         return scored
 
-    def _check_share(self, unscored: int, images: int) -> None:
+    def _check_share(self, unscored: int, images: int, failures: Failures) -> None:
         if self._images is not None:
             self._unscored += unscored
+            self._failures = self._failures.merged(failures)
             unscored = self._unscored
             images = self._images
+            failures = self._failures
         if unscored and (unscored == images or unscored > self.max_unscored * images):
+            reason = str(failures) or "it returned NaN or infinity"
             raise UnscoredError(
                 f"{unscored} of {images} images could not be scored by refl's "
-                f"reward {self.name!r}: it returned NaN or infinity. Do the prompts say what it "
+                f"reward {self.name!r}: {reason}. Do the prompts say what it "
                 "needs? Mend it, or name another in algorithm.refl_reward"
-            )
+            ) from failures.first
 
-    def _score(self, latents: Tensor, groups: Tensor) -> Tensor:
+    def _score(self, latents: Tensor, groups: Tensor) -> Scores:
         prompts = [self.prompts[group] for group in groups.tolist()]
         images = self.variant.processor.decode_latents(latents)
         batch = EpisodeBatch(
@@ -94,4 +101,4 @@ class LatentScore:
             images,
             [prompt.metadata for prompt in prompts],
         )
-        return self.reward(batch, keep_gradient=True).reward.to(latents.device)
+        return self.reward(batch, keep_gradient=True)

@@ -29,8 +29,8 @@ def _changes(
     for key, value in values.items():
         default = defaults[key]
         name = f"{prefix}{key}"
-        # A section may hold further sections.
-        if isinstance(value, dict):
+        # A section may hold further sections. A mapping with free keys is empty by default.
+        if isinstance(value, dict) and default:
             found.update(_changes(default, value, f"{name}."))
         elif value != default:
             found[name] = (default, value)

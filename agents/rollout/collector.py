@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from agents.policy.actor import Actor, Decision
 from agents.policy.sde import Window
 from agents.policy.segments import stored_images
 from agents.trajectory import Trajectory
+from rewards import Failures
 from unigrpo_env.mdp.rules import Phase, Rules
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
@@ -36,12 +37,14 @@ class RolloutResult:
         components: its named parts, `[N]` float32.
         intermediate_rewards: `thought_reward` and `round_reward`, `[N, R]` float32: what each
             thought and each image was paid; 0 where nothing was.
+        failures: why rewards could not score, where they said so.
     """
 
     observation: dict[str, Tensor]
     reward: Tensor
     components: dict[str, Tensor]
     intermediate_rewards: dict[str, Tensor]
+    failures: Failures = field(default_factory=Failures)
 
     def add(self, infos: dict[str, Any], images_drawn: Tensor) -> None:
         """Take up what a step paid.
@@ -51,6 +54,7 @@ class RolloutResult:
             images_drawn: `[N]`, after it.
         """
         rows = torch.arange(len(self.reward))
+        self.failures = self.failures.merged(infos.get("failures", Failures()))
         for name, paid in infos.get("paid", {}).items():
             if name == "reward":
                 self.reward += paid
@@ -247,6 +251,9 @@ class Collector:
         group_size: episodes a prompt; `env.num_envs` must be a multiple of it.
         shared_noise: start the images of a group from the same x_1.
 
+    Attributes:
+        failures: why rewards could not score episodes of the last call, where they said so.
+
     Raises:
         ValueError: a group size that does not divide the env's rows, a group of one, an actor
             without a window, or a window that could touch the last image step.
@@ -281,6 +288,7 @@ class Collector:
         self.window = actor.window
         self.group_size = group_size
         self.shared_noise = shared_noise
+        self.failures = Failures()
 
     @property
     def groups(self) -> int:
@@ -322,6 +330,7 @@ class Collector:
             recorder.record(seen, decision, self.actor.window_start)
 
         result = rollout(env, self.actor, observation, _watch)
+        self.failures = result.failures
         # The update needs the memory of all that was read.
         self.actor.cache.clear()
         group = torch.arange(self.groups).repeat_interleave(size)

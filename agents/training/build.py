@@ -27,6 +27,7 @@ from agents.policy.sde import Window
 from agents.storage import read_json_object
 from unigrpo_env.mdp.rules import Rules
 from unigrpo_env.processor import PROCESSORS, Processor
+from unigrpo_env.tasks.geneval import GenEvalPrompts
 from unigrpo_env.tasks.prompt_file import PromptFile
 from unigrpo_env.variants.variant import Variant, make_variant
 
@@ -242,7 +243,9 @@ def build_variant(
         value = getattr(settings, name)
         if value is not None:
             given[name] = value
-    if settings.prompts is not None:
+    if settings.prompts == "geneval":
+        given["task"] = GenEvalPrompts(settings.test_prompts)
+    elif settings.prompts is not None:
         given["task"] = PromptFile(settings.prompts, settings.test_prompts)
     rewards = {
         "reward": reward or settings.reward,
@@ -252,6 +255,8 @@ def build_variant(
     for name, value in rewards.items():
         if value:
             given[name] = value
+    if settings.reward_options:
+        given["reward_options"] = settings.reward_options
     return make_variant(settings.variant, processor=processor, **given)
 
 

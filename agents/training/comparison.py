@@ -13,11 +13,15 @@ from agents.objectives.advantages import (
     stages_of,
 )
 from agents.trajectory import Trajectory
-from rewards import UnscoredError
+from rewards import Failures, UnscoredError
 
 
 def add_advantages(
-    episodes: Trajectory, advantage: str, rounds: int, max_unscored: float
+    episodes: Trajectory,
+    advantage: str,
+    rounds: int,
+    max_unscored: float,
+    failures: Failures | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Give every token and step its advantage, equation (1), and say which episodes count.
 
@@ -29,12 +33,14 @@ def add_advantages(
             after each text and each image began.
         rounds: texts of an episode at most.
         max_unscored: share of episodes without a score above which it stops.
+        failures: why they have none, where the rewards said so.
 
     Returns:
         Which groups have signal, `[groups]` bool, and metrics.
 
     Raises:
-        UnscoredError: more than the allowed share had no score.
+        UnscoredError: more than the allowed share had no score. It says how often each kind of
+            failure occurred, and the first one is its cause.
     """
     shape = episodes.batch_size
     flat = episodes.flatten(0, 1)
@@ -43,7 +49,7 @@ def add_advantages(
     images = flat.round_reward.sum(-1)
     total = flat.reward + (thoughts + images)
     unscored = float(total.isnan().float().mean())
-    _check_unscored(unscored, len(total), max_unscored)
+    _check_unscored(unscored, len(total), max_unscored, failures or Failures())
     returns = total
     if advantage == "reward_to_go":
         returns = stages_of(flat, rounds)
@@ -69,10 +75,10 @@ def add_advantages(
     }
 
 
-def _check_unscored(share: float, episodes: int, max_unscored: float) -> None:
+def _check_unscored(share: float, episodes: int, max_unscored: float, failures: Failures) -> None:
     if share > max_unscored or share == 1:
+        reason = str(failures) or "the reward returned NaN or infinity for them"
         raise UnscoredError(
-            f"{round(share * episodes)} of {episodes} episodes could not be scored: the reward "
-            "returned NaN or infinity for them. Mend the reward, or raise trainer.max_unscored "
-            "if so many failures are to be expected"
-        )
+            f"{round(share * episodes)} of {episodes} episodes could not be scored: {reason}. Mend "
+            "the reward, or raise trainer.max_unscored if so many failures are to be expected"
+        ) from failures.first

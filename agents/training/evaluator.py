@@ -11,6 +11,11 @@ from agents.config.schema import Config
 from agents.evaluation.accuracy import Evaluation, evaluate
 from agents.models.base import UnifiedModel
 from agents.training import build
+from agents.training.preparation import (
+    check_reward_options,
+    evaluation_rewards,
+    prepare_rewards,
+)
 from unigrpo_env.tasks.task import Prompt
 
 
@@ -31,6 +36,7 @@ class Evaluator:
 
     Raises:
         ValueError: settings that do not fit each other, or a model that does not fit the scenario.
+        Exception: whatever keeps a reward from scoring, such as a package that is not installed.
     """
 
     def __init__(self, config: Config, model: UnifiedModel[Any] | None = None) -> None:
@@ -45,6 +51,8 @@ class Evaluator:
         self.processor = build.build_processor(config.env, self.model)
         self.variant = build.build_variant(config.env, self.processor)
         build.check_model_fits(self.model, self.variant.rules)
+        check_reward_options(config, self.variant)
+        prepare_rewards(evaluation_rewards(config, self.variant), self.variant)
 
     def evaluate(
         self, *, greedy: bool = False, attempt: int = 0, prompts: int | None = None

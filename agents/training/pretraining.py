@@ -74,7 +74,7 @@ STAGES = {
     ),
     "pair": PretrainingStage(
         {"text_to_image": 1.0},
-        SupervisedSettings(steps=1300, batch_size=32, learning_rate=4e-3),
+        SupervisedSettings(steps=1200, batch_size=32, learning_rate=3e-3, warmup_share=0.15),
         0,
     ),
 }

@@ -36,6 +36,7 @@ from agents.training.checkpoint import (
 from agents.training.comparison import add_advantages
 from agents.training.evaluator import Evaluator
 from agents.training.optimization import Optimization
+from agents.training.preparation import prepare_rewards, training_rewards
 from agents.training.supervised import require_demonstrations, sample_losses
 from agents.trajectory import Trajectory
 from unigrpo_env.tasks.task import demonstration_batch
@@ -71,6 +72,7 @@ class Trainer(Evaluator):
         super().__init__(config, model)
         self.iteration = 0
         build.check_objective(config, self.variant.rules)
+        prepare_rewards(training_rewards(config, self.variant), self.variant)
         # Made before the first update: the model that training started from.
         self.reference = self.model.reference() if config.algorithm.needs_reference else None
         self._build_rollout()
@@ -247,6 +249,7 @@ class Trainer(Evaluator):
             self.config.algorithm.advantage,
             self.variant.rules.rounds,
             self.config.trainer.max_unscored,
+            self.collector.failures,
         )
 
     def _update(self, parts: list[Trajectory]) -> Metrics:

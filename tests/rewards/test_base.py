@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from rewards import EpisodeBatch, Scores
+from rewards import EpisodeBatch, Failures, Scores
 
 
 def test_omitted_fields_follow_from_others():
@@ -47,3 +47,38 @@ def test_a_batch_cannot_be_changed():
 
 def test_scores_may_have_no_components():
     assert Scores(torch.ones(2)).components == {}
+    assert not Scores(torch.ones(2)).failures
+
+
+class Refused(OSError):
+    """An error that says how it is counted."""
+
+    kind = "HTTP 500"
+
+
+def test_failures_are_counted_by_kind():
+    errors = [Refused("out of memory"), TimeoutError("late"), Refused("again")]
+    failures = Failures.of(errors)
+    assert failures.counts == {"HTTP 500": 2, "TimeoutError": 1}
+    assert failures.first is errors[0]
+    assert str(failures) == "2 x HTTP 500, 1 x TimeoutError; the first: out of memory"
+    assert Failures.of(errors, kind=lambda error: "server").counts == {"server": 3}
+
+
+def test_no_failures_are_false():
+    assert not Failures.of([])
+    assert str(Failures()) == ""
+    assert Failures.of([TimeoutError()])
+    assert str(Failures.of([TimeoutError()])) == "1 x TimeoutError; the first: TimeoutError"
+    assert str(Failures({"unparsed": 2})) == "2 x unparsed"
+
+
+def test_failures_of_several_rewards_add_up():
+    first = Failures({"timeout": 1})
+    second = Failures({"timeout": 2, "unparsed": 1}, TimeoutError("late"))
+    third = Failures({}, OSError())
+    merged = first.merged(second).merged(third)
+    assert merged == Failures({"timeout": 3, "unparsed": 1}, second.first)
+    assert first.counts == {"timeout": 1}, "the parts stay as they are"
+    under = merged.under("ocr")
+    assert under == Failures({"ocr: timeout": 3, "ocr: unparsed": 1}, second.first)

@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 
+from rewards import REWARDS, Failures, Scores
 from unigrpo_env.env import InterleavedGenEnv
+from unigrpo_env.episodes import Episodes
+from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv
 
@@ -145,3 +148,78 @@ def test_parts_are_paid_each_in_its_step():
     image = (10.0, {"round_reward": 10.0})
     # The last text opens no image, so it earns no thought_reward.
     assert paid == [thought, image, thought, image, (100.0, {"reward": 100.0})]
+
+
+def late(episodes):
+    """No score for the first episode, which says why."""
+    values = torch.ones(len(episodes))
+    values[0] = math.nan
+    failures = Failures.of([TimeoutError("no answer")], kind=lambda error: "timeout")
+    return Scores(values, {"raw": 3 * values}, failures)
+
+
+def test_a_step_says_why_there_is_no_score():
+    env = reward_env({late: 2.0})
+    _, reward, _, _, infos = env.step(LAST)
+    assert reward[0].isnan()
+    assert reward[1:].tolist() == [2, 2]
+    assert infos["components"]["late/raw"][1:].tolist() == [3, 3]
+    assert infos["failures"].counts == {"late: timeout": 1}
+    assert isinstance(infos["failures"].first, TimeoutError)
+    assert "failures" not in reward_env(lambda episodes: [1.0] * 3).step(LAST)[-1]
+
+
+def test_arrays_hold_no_failures(caplog):
+    """Gymnasium's infos keep their form; the log has the failure."""
+    variant = make_variant("text_to_image", reward=late, text_budget=0, image_steps=1)
+    env = InterleavedGenVectorEnv(variant, 3, to_numpy=True)
+    env.reset(seed=0)
+    actions = {name: value.numpy() for name, value in LAST.items()}
+    infos = env.step(actions)[-1]
+    assert "failures" not in infos
+    assert infos["unscored"].tolist() == [True, False, False]
+    assert "1 x late: timeout; the first: no answer" in caplog.text
+
+
+def test_failures_of_all_payments_add_up():
+    variant = make_variant(
+        "text_to_image", text_budget=1, image_steps=1, reward=late, round_reward=late,
+        thought_reward=late,
+    )  # fmt: skip
+    episodes = Episodes(variant, 3)
+    episodes.reset(range(3), [Prompt("a circle")] * 3, range(3))
+    everyone = torch.ones(3, dtype=torch.bool)
+    first = episodes.step(torch.full((3,), 10), LAST["next_latent"], everyone)
+    assert first.failures.counts == {"late: timeout": 1}
+    second = episodes.step(LAST["token"], LAST["next_latent"], everyone)
+    assert second.failures.counts == {"late: timeout": 2}
+
+
+class Grey:
+    """How near the images are to a grey."""
+
+    def __init__(self, *, level=0.5):
+        self.level = level
+
+    def __call__(self, episodes):
+        return [self.level] * len(episodes)
+
+
+def test_rewards_have_the_options_of_the_variant(monkeypatch):
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "grey": Grey})
+    variant = make_variant(
+        "text_to_image",
+        text_budget=1,
+        image_steps=1,
+        reward="grey + dark",
+        thought_reward="2 * dark",
+        round_reward="2 * grey",
+        reward_options={"grey": {"level": 4}, "dark": {"use": "grey", "level": 0.25}},
+    )
+    hash(variant)
+    env = InterleavedGenEnv(variant)
+    env.reset(seed=0)
+    assert env.step(single_action())[1] == 0.5
+    _, _, _, _, info = env.step(single_action())
+    assert info["paid"] == {"round_reward": 8, "reward": 4.25}
+    assert info["components"] == {"grey": 4, "dark": 0.25}

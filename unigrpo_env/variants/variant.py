@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rewards import Reward
+from rewards.factory import Options
 from rewards.registry import Registry, did_you_mean
 from unigrpo_env.mdp.rules import Rules, count_rounds
 from unigrpo_env.processor import Processor
@@ -34,6 +35,7 @@ class Variant:
         lowest_reward: of an episode that ends without an image where one was asked for. No image
             may be worth less, or leaving becomes the exploit.
         system_prompt: a text of its own before every prompt.
+        reward_options: of the rewards above, by name; see `rewards.make_reward`.
     """
 
     rules: Rules
@@ -44,6 +46,8 @@ class Variant:
     round_reward: RewardSpec | None = None
     lowest_reward: float = 0.0
     system_prompt: str = ""
+    # A mapping has no hash, and a variant should keep its own.
+    reward_options: Options = field(default_factory=dict, hash=False)
 
     def with_image_steps(self, steps: int | None) -> Variant:
         """The same scenario with another number of denoising steps; None changes nothing."""
@@ -211,6 +215,7 @@ def make_variant(
     reward: RewardSpec | None = None,
     thought_reward: RewardSpec | None = None,
     round_reward: RewardSpec | None = None,
+    reward_options: Options | None = None,
     **settings: Any,
 ) -> Variant:
     """A variant by name, or as given, with other parts where some are named.
@@ -222,6 +227,8 @@ def make_variant(
         reward: of a finished episode; likewise.
         thought_reward: of a thought, before its image is drawn; likewise.
         round_reward: of an image when it is drawn; likewise.
+        reward_options: of these rewards by their names, such as
+            `{"pickscore": {"device": "cuda:1"}}`.
         settings: what else the variant's maker takes, such as `text_budget` or `image_steps`.
 
     Raises:
@@ -233,6 +240,7 @@ def make_variant(
         "reward": reward,
         "thought_reward": thought_reward,
         "round_reward": round_reward,
+        "reward_options": reward_options,
     }
     if isinstance(variant, str):
         parts = {"processor": processor, "task": task, "reward": reward}

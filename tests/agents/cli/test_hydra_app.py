@@ -58,11 +58,15 @@ def test_sweep_has_one_folder_a_run(jobs, capsys):
 
 def test_saved_settings_start_another_run(jobs):
     first = ["algorithm=refl", "env=edit", "trainer.seed=4", "env.reward=edit + 0.1 * brevity"]
+    first += ["env.reward_options.judge.limits={tries: 2}"]
     assert main(["train", *first, "output.folder=first"]) == 0
     again = ["--config-dir", "first", "--config-name", "settings", "output.folder=second"]
+    again += ["env.reward_options.judge.url=x"]
     assert main(["train", *again]) == 0
     assert jobs[1].output.folder == "second"
     jobs[1].output.folder = "first"
+    assert jobs[1].env.reward_options == {"judge": {"limits": {"tries": 2}, "url": "x"}}
+    del jobs[1].env.reward_options["judge"]["url"]
     assert jobs[0] == jobs[1]
 
 

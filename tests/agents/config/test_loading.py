@@ -1,5 +1,7 @@
 """Settings from groups and overrides."""
 
+import json
+
 import pytest
 
 from agents.config import (
@@ -134,3 +136,34 @@ def test_saved_settings_name_the_command(tmp_path):
 def test_one_text_is_no_list():
     with pytest.raises(TypeError, match="expected a list of overrides, got the text 'env=edit'"):
         load_config("env=edit")
+
+
+REWARD_OPTIONS = [
+    "env.reward_options.pickscore.device=cuda:1",
+    "env.reward_options.judge_a={use: judge, url: 'http://localhost:8000/v1'}",
+    "env.reward_options.judge_a.limits={tries: 2}",
+    "env.reward_options.ocr.threads=[1,2]",
+]
+EXPECTED_OPTIONS = {
+    "pickscore": {"device": "cuda:1"},
+    "judge_a": {"use": "judge", "url": "http://localhost:8000/v1", "limits": {"tries": 2}},
+    "ocr": {"threads": [1, 2]},
+}
+
+
+def test_a_free_mapping_takes_any_key():
+    """A word needs no plus in front of it, which hydra asks for otherwise."""
+    config = load_config(REWARD_OPTIONS)
+    assert config.env.reward_options == EXPECTED_OPTIONS
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert Config().env.reward_options == {}
+    words = [f"+{word}" for word in REWARD_OPTIONS]
+    assert load_config(words).env.reward_options == EXPECTED_OPTIONS
+    assert override_config(Config(), REWARD_OPTIONS).env.reward_options == EXPECTED_OPTIONS
+    changed = override_config(config, ["env.reward_options.pickscore.device=cpu"])
+    assert changed.env.reward_options["pickscore"] == {"device": "cpu"}
+    assert changed.env.reward_options["judge_a"] == EXPECTED_OPTIONS["judge_a"]
+    with pytest.raises(ValueError, match=r"unknown setting 'env\.reward_option\.x'"):
+        load_config(["env.reward_option.x=1"])
+    with pytest.raises(ValueError, match=r"expected section\.key=value"):
+        load_config(["env.reward_options.x"])

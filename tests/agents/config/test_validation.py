@@ -49,6 +49,8 @@ def test_check_setting(rules, good, bad, message):
         ("model.lora.image.alpha=0.0", "expected model.lora.image.alpha > 0"),
         ("optimizer.ema=1.0", "expected 0 < optimizer.ema < 1"),
         ("evaluation.batch_size=0", "expected evaluation.batch_size >= 1"),
+        ("env.reward_options.ocr=3", "env.reward_options.ocr to be a mapping .* got 3; write"),
+        ("env.reward_options.ocr=", "env.reward_options.ocr to be a mapping .* got ''"),
     ],
 )
 def test_values_out_of_bounds(override, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from agents.objectives.refl import LatentScore
-from rewards import UnscoredError
+from rewards import REWARDS, Failures, Scores, UnscoredError
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import make_variant
 
@@ -91,3 +91,39 @@ def test_named_reward_comes_first():
     variant = make_variant("text_to_image", reward="shapes")
     assert LatentScore(variant, "soft_shapes", 1.0).name == "soft_shapes"
     assert LatentScore(variant, "", 1.0).name == "shapes"
+
+
+def failing(episodes):
+    values = every_other(episodes)
+    errors = [TimeoutError("no answer")] * int(values.isnan().sum())
+    return Scores(values, failures=Failures.of(errors))
+
+
+def test_failures_are_the_cause():
+    score = make_score(failing, max_unscored=0.4)
+    groups = torch.zeros(4, dtype=torch.long)
+    message = "2 of 4 images could not be scored .* 2 x failing: TimeoutError; the first: no answer"
+    with pytest.raises(UnscoredError, match=message) as error:
+        score(random_latents(), groups)
+    assert isinstance(error.value.__cause__, TimeoutError)
+    score.begin(8)
+    score(random_latents(3), groups[:3])
+    with pytest.raises(UnscoredError, match=r"4 of 8 .* 4 x failing: TimeoutError"):
+        score(random_latents(4), groups)
+    score.begin(8)
+    score(random_latents(4), groups)
+
+
+def test_refl_reward_has_the_options_of_the_variant(monkeypatch):
+    class Scaled:
+        def __init__(self, *, factor=1.0):
+            self.factor = factor
+
+        def __call__(self, episodes):
+            return self.factor * brightness(episodes)
+
+    monkeypatch.setattr(REWARDS, "_entries", {**REWARDS._entries, "scaled": Scaled})
+    variant = make_variant("toy", reward_options={"scaled": {"factor": 0.0}})
+    score = LatentScore(variant, "scaled", 1.0)
+    score.prompts = PROMPTS
+    assert not score(random_latents(), torch.zeros(4, dtype=torch.long)).any()

@@ -29,8 +29,16 @@ def test_defaults_are_no_changes():
 
 def test_changed_settings_have_default_and_value():
     changed = changed_settings(
-        load_config(["env=edit", "trainer.seed=3", "model.lora.text.rank=2"])
+        load_config(
+            [
+                "env=edit",
+                "trainer.seed=3",
+                "model.lora.text.rank=2",
+                "env.reward_options.ocr.threads=2",
+            ]
+        )
     )
+    assert changed["env.reward_options"] == ({}, {"ocr": {"threads": 2}})
     assert changed["model.lora.text.rank"] == (0, 2)
     assert changed["env.variant"] == ("text_to_image", "edit")
     assert changed["trainer.seed"] == (0, 3)

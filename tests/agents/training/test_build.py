@@ -203,6 +203,7 @@ def test_variant_has_the_settings():
             "env.reward=shapes",
             "env.thought_reward=brevity",
             "env.round_reward=crispness",
+            "env.reward_options.shapes.level=2",
             "env.prompt_budget=30",
             "env.text_budget=7",
             "env.image_steps=3",
@@ -218,6 +219,7 @@ def test_variant_has_the_settings():
     assert variant.rules.time_shift == 1.5
     rewards = (variant.reward, variant.thought_reward, variant.round_reward)
     assert rewards == ("shapes", "brevity", "crispness")
+    assert variant.reward_options == {"shapes": {"level": 2}}
     assert build.build_variant(settings, reward="brevity").reward == "brevity"
 
 
@@ -237,6 +239,14 @@ def test_prompt_files_replace_the_task(tmp_path):
     assert isinstance(task, PromptFile)
     assert task.prompts("test", 1, 0)[0].text == "a cross"
     assert {prompt.text for prompt in task.prompts("train", 2, 0)} == {"a circle", "a square"}
+
+
+def test_prompts_of_geneval_are_made(tmp_path):
+    (tmp_path / "test.txt").write_text("a photo of a cup\n")
+    words = ["env.prompts=geneval", f"env.test_prompts={tmp_path}/test.txt"]
+    task = build.build_variant(load_config(words).env).task
+    assert task.prompts("test", 1, 0)[0].text == "a photo of a cup"
+    assert task.prompts("train", 1, 0)[0].metadata["include"]
 
 
 def test_guidance_has_the_settings():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rewards import UnscoredError, WeightedReward
+from rewards import Failures, Scores, UnscoredError, WeightedReward
 
 pytestmark = pytest.mark.slow
 
@@ -180,3 +180,49 @@ def test_return_of_an_episode_is_a_sum(small_bagel, short_variant, collect, prep
     variant = short_variant("story", thought_reward=lambda batch: [0.5] * len(batch))
     episodes = prepare(collect(small_bagel, variant), variant)
     torch.testing.assert_close(episodes.returns, episodes.reward + 1.5)
+
+
+@pytest.fixture
+def unreachable(rewards):
+    """Register a reward of the name: every other episode fails, in two kinds."""
+
+    class Refused(OSError):
+        def __init__(self, kind):
+            super().__init__(f"{kind}: CUDA out of memory")
+            self.kind = kind
+
+    def unreachable(batch):
+        values = torch.arange(len(batch), dtype=torch.float32)
+        values[::2] = NAN
+        errors = [Refused("HTTP 503")] + [Refused("HTTP 500")] * (len(values[::2]) - 1)
+        return Scores(values, failures=Failures.of(errors))
+
+    rewards.add("unreachable", unreachable)
+
+
+def test_too_many_failures_stop_with_the_error_of_the_scorer(
+    small_bagel, small_trainer, unreachable
+):
+    trainer = small_trainer(small_bagel, "env.reward=unreachable")
+    with pytest.raises(UnscoredError) as caught:
+        trainer.iterate()
+    assert (
+        "4 of 8 episodes could not be scored: 3 x unreachable: HTTP 500, 1 x unreachable: HTTP 503;"
+        " the first: HTTP 503: CUDA out of memory. Mend the reward, or raise trainer.max_unscored"
+    ) in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_failures_are_those_of_the_last_rollout(small_bagel, small_trainer, unreachable):
+    overrides = ["env.reward=unreachable", "trainer.max_unscored=0.5"]
+    trainer = small_trainer(small_bagel, *overrides)
+    for seed in (5, 6):
+        _, metrics = trainer._collect(seed)
+        assert metrics["unscored"] == 0.5
+        assert sum(trainer.collector.failures.counts.values()) == 4
+    trainer.env.episodes.scorer.final = WeightedReward("all_nan")
+    with pytest.raises(
+        UnscoredError, match="the reward returned NaN or infinity for them"
+    ) as error:
+        trainer._collect(7)
+    assert error.value.__cause__ is None
