@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 from agents.models.base import UnifiedModel
 from agents.models.pixels import scale_pixels
 from agents.models.registry import load_model
-from agents.policy.prefill import partial_mask
 from agents.policy.tokens import chosen_log_probs
 from rewards.base import EpisodeBatch, Failures, Scores
 from rewards.scorer import LazyReward
@@ -197,9 +196,9 @@ class Readback(LazyReward):
         lengths = torch.tensor([len(each) for each in words])
         first = len(reader.between)
         is_word = torch.arange(ids.shape[1] - first) < lengths[:, None]
-        mask = torch.cat([torch.ones(len(ids), first, dtype=torch.bool), is_word], 1)
         ids = ids.to(device)
-        hidden, _ = model.append_hidden(context, ids, partial_mask(mask, device))
+        # Padding stands behind the words, so no state that counts depends on it.
+        hidden, _ = model.append_hidden(context, ids)
 
         row, number = is_word.to(device).nonzero(as_tuple=True)
         place = first + number

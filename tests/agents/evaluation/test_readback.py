@@ -70,9 +70,12 @@ def test_equals_a_pass_word_by_word(request, reads_with, name):
 def test_a_released_model_reads():
     reward = Readback(model=RELEASE, dtype="float32", model_options={"height": 64, "width": 64})
     reward.prepare()
-    episodes = batch(PROMPTS[:1], side=64)
+    # The second prompt has a token, but no word.
+    episodes = batch([PROMPTS[0], " "], side=64)
+    scores = reward(episodes).reward
     expected = word_by_word(reward.loaded.model, episodes.images[0], PROMPTS[0])
-    assert float(reward(episodes).reward) == pytest.approx(expected, abs=1e-5)
+    assert float(scores[0]) == pytest.approx(expected, abs=1e-5)
+    assert scores[1].isnan()
 
 
 def test_pixels_alone(vision_bagel, reads_with):
