@@ -7,13 +7,13 @@ from agents.cli import main
 
 @pytest.mark.slow
 def test_pretrain(tmp_path, capsys):
-    from agents.training.pretraining import STAGES
+    from agents.training.pretraining import SHIPPED
 
     folder = tmp_path / "new"
     words = ["--steps", "2", "--batch-size", "4", "--prompts", "2", "--out", str(folder)]
     assert main(["pretrain", *words]) == 0
     out = capsys.readouterr().out
-    for name in (*STAGES, "edit", "story"):
+    for name in (*SHIPPED, "edit", "story"):
         assert name in out
     assert (folder / "model.safetensors").is_file()
 
