@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     # Imported here, so that `--help` does not wait for torch.
     from rich.console import Console
 
-    from rewards.server import SUM, make_app, serve, served_rewards
+    from rewards.service.server import SUM, make_app, serve, served_rewards
 
     # This brings all models with it, and a server needs them only if a module of the user does.
     if args.imports:

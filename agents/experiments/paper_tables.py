@@ -214,6 +214,7 @@ QUICK = Budget(
         "trainer.groups=2",
         "trainer.group_size=4",
         "evaluation.every=1",
+        "evaluation.image_steps=4",
         "trainer.minibatches=1",
     ),
     max_seeds=1,

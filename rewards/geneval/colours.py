@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rewards.clip import Clip
 from rewards.geneval.names import COLOURS
 from rewards.geneval.verifier import Detection
+from rewards.vision.clip import Clip
 
 Colours = Callable[[Tensor, Sequence[Detection], str], Sequence[str]]
 """Names the colours of objects of one class, whose name comes last.

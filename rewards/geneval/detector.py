@@ -14,7 +14,7 @@ from torch.nn import functional
 from rewards.geneval.names import CLASSES
 from rewards.geneval.verifier import Box, Detection
 from rewards.image_bytes import image_bytes
-from rewards.model_scorer import ModelScorer
+from rewards.vision.model_scorer import ModelScorer
 
 Detector = Callable[[Tensor], Sequence[Sequence[Detection]]]
 """Finds the objects of images `[N, 3, height, width]` float32 in [0, 1], for each in any order."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
-import rewards.server
+import rewards.service.server
 from agents.cli import main
 from rewards import WeightedReward
 
-FOLDER = str(Path(__file__).parents[2] / "rewards")
+FOLDER = str(Path(__file__).parents[2] / "rewards" / "service")
 if FOLDER not in sys.path:
     sys.path.append(FOLDER)
 
@@ -38,7 +38,7 @@ def served(monkeypatch):
     """The servers that were started in this test, without their listening."""
     found = []
     monkeypatch.setattr(
-        rewards.server, "serve", lambda app, host, port: found.append((app, host, port))
+        rewards.service.server, "serve", lambda app, host, port: found.append((app, host, port))
     )
     return found
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rewards.base import EpisodeBatch, Failures, Scores
-from rewards.model_scorer import ModelScorer
-from rewards.pixels import read_image
+from rewards.vision.model_scorer import ModelScorer
+from rewards.vision.pixels import read_image
 
 SOURCE = "source"
 """The reference is the first image that came with the prompt."""

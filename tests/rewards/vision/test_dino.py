@@ -7,7 +7,7 @@ from torch.nn import functional
 from transformers import BitImageProcessorPil, Dinov2Model
 
 from rewards import EpisodeBatch
-from rewards.dino import Dino
+from rewards.vision.dino import Dino
 
 
 def image(seed, height=40, width=40):

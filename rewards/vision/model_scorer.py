@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewards.base import EpisodeBatch
-from rewards.feature_memory import FeatureMemory
-from rewards.pixels import Preparation, has_gradient
 from rewards.scorer import LazyReward
+from rewards.vision.feature_memory import FeatureMemory
+from rewards.vision.pixels import Preparation, has_gradient
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The precisions of a model by name."""

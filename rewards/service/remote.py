@@ -11,11 +11,18 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from rewards.background import then
 from rewards.base import EpisodeBatch, Failures, Scores
-from rewards.http_client import CallError, HttpClient, Limits, Request
 from rewards.registry import did_you_mean
-from rewards.wire import FORMAT, MEDIA_TYPE, is_finite, pack_episodes, unpack_health, unpack_scores
+from rewards.service.background import then
+from rewards.service.client import CallError, HttpClient, Limits, Request
+from rewards.service.wire import (
+    FORMAT,
+    MEDIA_TYPE,
+    is_finite,
+    pack_episodes,
+    unpack_health,
+    unpack_scores,
+)
 
 LIMITS = {"concurrency": 4, "timeout": 120.0, "budget": 600.0}
 """What differs from the defaults of `Limits`. The server scores one request at a time, so more of
@@ -40,7 +47,7 @@ class Remote:
         exact: send images as float32, four times as many bytes.
         token: sent as bearer token. It stays in the config of the run.
         token_variable: the environment variable that holds the token; that is never stored.
-        limits: entries of `rewards.http_client.Limits`, such as `{"budget": 1200}`. Here the
+        limits: entries of `rewards.service.client.Limits`, such as `{"budget": 1200}`. Here the
             concurrency is 4, a try may take 120 seconds and a batch 600, unless they are given.
 
     Raises:

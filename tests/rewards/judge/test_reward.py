@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from rewards.base import EpisodeBatch
-from rewards.http_client import CallError
-from rewards.judge import Judge
+from rewards.judge.reward import Judge
+from rewards.service.client import CallError
 
-FOLDER = str(Path(__file__).parent)
+FOLDER = str(Path(__file__).parents[1] / "service")
 if FOLDER not in sys.path:
     sys.path.append(FOLDER)
 

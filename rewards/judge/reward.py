@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewards.background import then
 from rewards.base import EpisodeBatch, Failures, Scores
-from rewards.http_client import CallError, HttpClient, Limits, Request
 from rewards.image_bytes import image_bytes
-from rewards.judge_answers import Rating, Verdict, model_names, yes_share
-from rewards.judge_question import Picture, chat_body, fill, read_template
+from rewards.judge.answers import Rating, Verdict, model_names, yes_share
+from rewards.judge.question import Picture, chat_body, fill, read_template
 from rewards.registry import did_you_mean
 from rewards.scorer import LazyReward
+from rewards.service.background import then
+from rewards.service.client import CallError, HttpClient, Limits, Request
 
 Mode = Literal["yes_no", "questions", "rating"]
 
@@ -63,7 +63,7 @@ class Judge(LazyReward):
             `{"chat_template_kwargs": {"enable_thinking": False}}`. An entry None takes out ours.
         token: sent as bearer token. It stays in the config of the run.
         token_variable: the environment variable that holds the token; that is never stored.
-        limits: entries of `rewards.http_client.Limits`, such as `{"timeout": 30}`.
+        limits: entries of `rewards.service.client.Limits`, such as `{"timeout": 30}`.
 
     Raises:
         ValueError: an unknown mode, a template without its place for the words, a pattern without

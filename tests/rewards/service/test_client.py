@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.background import then
-from rewards.http_client import CallError, HttpClient, Limits, Request
+from rewards.service.background import then
+from rewards.service.client import CallError, HttpClient, Limits, Request
 
 FOLDER = str(Path(__file__).parent)
 if FOLDER not in sys.path:

@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from rewards import EpisodeBatch
-from rewards.aesthetic import Aesthetic, read_head
-from rewards.pixels import Preparation
+from rewards.vision.aesthetic import Aesthetic, read_head
+from rewards.vision.pixels import Preparation
 
 WIDTH = 24
 """Features of the tiny CLIP model."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from rewards.feature_memory import FeatureMemory
+from rewards.vision.feature_memory import FeatureMemory
 
 
 def test_each_key_is_computed_once():

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from rewards import EpisodeBatch, Failures, Scores
-from rewards.wire import (
+from rewards.service.wire import (
     ENTRY,
     is_finite,
     pack_episodes,
@@ -163,7 +163,7 @@ def test_bytes_that_are_no_safetensors(body):
     ],
 )
 def test_a_blob_that_holds_no_episodes(body):
-    with pytest.raises(ValueError, match=r"from rewards\.wire\.pack_episodes, got another one"):
+    with pytest.raises(ValueError, match=r"wire\.pack_episodes, got another one"):
         unpack_episodes(body)
 
 

@@ -6,7 +6,7 @@ import time
 
 import uvicorn
 
-from rewards.server import make_app
+from rewards.service.server import make_app
 
 
 def free_port():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rewards.judge_question import Picture, chat_body, fill, read_template
+from rewards.judge.question import Picture, chat_body, fill, read_template
 
 
 def test_words_are_put_in_once_and_other_braces_stay():

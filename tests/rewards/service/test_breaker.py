@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-from rewards.breaker import Breaker
+from rewards.service.breaker import Breaker
 
 
 def test_one_probe_at_a_time_until_one_succeeds():

@@ -14,10 +14,10 @@ import httpx2
 import pytest
 import torch
 
-import rewards.server
+import rewards.service.server
 from rewards import EpisodeBatch, WeightedReward
-from rewards.server import make_app, served_rewards
-from rewards.wire import MEDIA_TYPE, pack_episodes
+from rewards.service.server import make_app, served_rewards
+from rewards.service.wire import MEDIA_TYPE, pack_episodes
 
 FOLDER = str(Path(__file__).parent)
 if FOLDER not in sys.path:
@@ -81,9 +81,9 @@ def test_a_wrong_token_is_refused(given):
 
 def test_a_token_is_compared_in_constant_time(monkeypatch):
     compared = []
-    compare = rewards.server.hmac.compare_digest
+    compare = rewards.service.server.hmac.compare_digest
     monkeypatch.setattr(
-        rewards.server.hmac,
+        rewards.service.server.hmac,
         "compare_digest",
         lambda one, other: compared.append((one, other)) or compare(one, other),
     )
@@ -136,7 +136,7 @@ def test_a_body_without_end_is_cut_off():
 
 
 def test_a_body_that_comes_too_slowly(monkeypatch):
-    monkeypatch.setattr(rewards.server, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(rewards.service.server, "BODY_SECONDS", 0.2)
     with start(queue=1) as server:
         host, port = server.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=5) as slow:
@@ -247,7 +247,7 @@ def test_a_missing_package_is_named(monkeypatch, package):
     monkeypatch.setitem(sys.modules, f"{package}.applications", None)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs {package}; .* 'unigrpo\[serve\]'"):
-        rewards.server.serve(make_app({}), "127.0.0.1", 0)
+        rewards.service.server.serve(make_app({}), "127.0.0.1", 0)
 
 
 def test_a_name_with_a_slash():

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from rewards.http_exchange import CallError
-from rewards.judge_answers import Rating, yes_share
+from rewards.judge.answers import Rating, yes_share
+from rewards.service.exchange import CallError
 
 SCORE = Rating(re.compile(r"score\W*(\d+(?:\.\d+)?)", re.IGNORECASE), 1, 5)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewards.base import EpisodeBatch
-from rewards.model_scorer import Engine, ModelScorer
-from rewards.pixels import Preparation
+from rewards.vision.model_scorer import Engine, ModelScorer
+from rewards.vision.pixels import Preparation
 
 H14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """The CLIP model from which PickScore and HPSv2 were trained. They read texts as it does."""

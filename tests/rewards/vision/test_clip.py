@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from rewards import EpisodeBatch, WeightedReward
-from rewards.clip import Clip, HpsV2, PickScore, SigLip
-from rewards.model_scorer import ModelScorer
+from rewards.vision.clip import Clip, HpsV2, PickScore, SigLip
+from rewards.vision.model_scorer import ModelScorer
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle", "hello, world", "x", "a red circle"]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import rewards.wire
+import rewards.service.wire
 from rewards import EpisodeBatch, Failures, Scores, WeightedReward
-from rewards.http_client import CallError
-from rewards.remote import Remote
-from rewards.server import served_rewards
+from rewards.service.client import CallError
+from rewards.service.remote import Remote
+from rewards.service.server import served_rewards
 from unigrpo_env.tasks.shapes.text_to_image import ShapesTask
 from unigrpo_env.tasks.task import demonstration_batch
 
@@ -257,7 +257,7 @@ def test_prepare_asks_for_the_name():
 
 
 def test_prepare_refuses_another_form_of_the_wire(monkeypatch):
-    monkeypatch.setattr(rewards.wire, "FORMAT", 2)
+    monkeypatch.setattr(rewards.service.wire, "FORMAT", 2)
     with start(number) as server, pytest.raises(ValueError, match="speaks form 2"):
         far(server).prepare()
 

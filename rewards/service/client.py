@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-from rewards.background import background_loop
-from rewards.breaker import Breaker
-from rewards.http_exchange import CallError, exchange, new_client
 from rewards.registry import did_you_mean
+from rewards.service.background import background_loop
+from rewards.service.breaker import Breaker
+from rewards.service.exchange import CallError, exchange, new_client
 
 T = TypeVar("T")
 

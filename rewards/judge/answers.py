@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from rewards.http_exchange import CallError
+from rewards.service.exchange import CallError
 
 SHOWN = 200
 """So many characters of an answer without a verdict are shown."""

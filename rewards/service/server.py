@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from rewards.expression import parse_sum
 from rewards.registry import did_you_mean
+from rewards.service.wire import pack_health, pack_scores, unpack_episodes
 from rewards.weighted_sum import WeightedReward
-from rewards.wire import pack_health, pack_scores, unpack_episodes
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -81,11 +81,12 @@ def make_app(
 ) -> Starlette:
     """The server as an ASGI application.
 
-    `POST /score/NAME` takes episodes from `rewards.wire.pack_episodes` and answers as
-    `rewards.wire.pack_scores`. `GET /health` answers with the names of the rewards, the version of
-    this library and the number of the wire's form. An error is a status with its text: 400 for a
-    body that holds no episodes, 401 for the token, 404 for the name, 408 for a body that is too
-    slow, 413 for one that is too long, 500 with what the scorer raised, 503 for a full queue.
+    `POST /score/NAME` takes episodes from `rewards.service.wire.pack_episodes` and answers as
+    `rewards.service.wire.pack_scores`. `GET /health` answers with the names of the rewards, the
+    version of this library and the number of the wire's form. An error is a status with its text:
+    400 for a body that holds no episodes, 401 for the token, 404 for the name, 408 for a body that
+    is too slow, 413 for one that is too long, 500 with what the scorer raised, 503 for a full
+    queue.
 
     Args:
         rewards: by the names under which they are asked for.

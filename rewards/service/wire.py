@@ -94,7 +94,7 @@ def unpack_episodes(blob: bytes) -> EpisodeBatch:
         return _read_episodes(tensors, json.loads(head["__metadata__"][ENTRY]))
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            "expected a safetensors blob from rewards.wire.pack_episodes, got another one: "
+            "expected a safetensors blob from rewards.service.wire.pack_episodes, got another one: "
             f"{type(error).__name__}: {error}"
         ) from error
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rewards.base import EpisodeBatch
-from rewards.model_scorer import Engine, ModelScorer
+from rewards.vision.model_scorer import Engine, ModelScorer
 
 LINEAR_LAYERS = [0, 2, 4, 6, 7]
 """The numbers of the linear layers in the predictor. Between them is dropout, which rests."""

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from rewards.pixels import Preparation, centered, read_image
+from rewards.vision.pixels import Preparation, centered, read_image
 
 SHAPES = [(32, 32), (24, 40), (48, 80), (81, 33), (200, 200)]
 

@@ -1,0 +1,1 @@
+"""A vision-language model on a server as a reward."""

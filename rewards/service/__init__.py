@@ -1,0 +1,1 @@
+"""Rewards in other processes: the client, the wire and the server."""

@@ -1,0 +1,1 @@
+"""Rewards on image models of transformers: how well an image fits, or looks."""
