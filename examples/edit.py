@@ -12,7 +12,8 @@ import torch
 
 from agents.models.registry import load_model
 from agents.policy.actor import Actor
-from unigrpo_env.rendering import enlarge, read_image
+from rewards.image_bytes import read_image
+from unigrpo_env.rendering import enlarge
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv

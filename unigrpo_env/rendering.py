@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -57,35 +55,6 @@ def to_pixels(image: Tensor) -> np.ndarray:
     # Rounded to the nearest of 256 levels; a conversion alone would cut the fraction off.
     levels = (image.detach().cpu().float().clamp(0, 1) * 255).round()
     return levels.byte().permute(1, 2, 0).numpy()
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Read an image file as `[3, height, width]` float32 in [0, 1]; white shows where it is clear.
-
-    Args:
-        path: a file of any format that PIL reads.
-
-    Raises:
-        ValueError: no file, or one that is no whole image.
-    """
-    try:
-        image: Image.Image = Image.open(path)
-        if image.mode.startswith("I"):
-            # PIL would cut 16 bits of grey off at 255.
-            grey = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(grey.round().astype(np.uint8))
-        image = image.convert("RGBA")
-    except (OSError, SyntaxError) as error:
-        # These are PIL's errors for a missing, foreign or broken file.
-        raise ValueError(
-            f"expected a whole image at {path}, got: {error}; "
-            "check the path, or save the image anew"
-        ) from error
-    # An image with transparency is laid on white.
-    white = Image.new("RGBA", image.size, "white")
-    pixels = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
-    # [height, width, 3] to [3, height, width]; PIL's array is read-only.
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def enlarge(image: Tensor, side: int) -> Image.Image:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from agents.evaluation.accuracy import evaluate
     from agents.training.build import import_modules
-    from unigrpo_env.rendering import read_image
+    from rewards.image_bytes import read_image
     from unigrpo_env.tasks.task import Prompt
 
     import_modules(args.imports)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from agents.storage import read_json_object, write_json
 from rewards import EpisodeBatch
-from unigrpo_env.rendering import read_image, to_pixels
+from rewards.image_bytes import read_image
+from unigrpo_env.rendering import to_pixels
 from unigrpo_env.tasks.task import Prompt, make_batch
 
 

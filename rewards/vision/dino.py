@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rewards.base import EpisodeBatch, Failures, Scores
+from rewards.image_bytes import read_image
 from rewards.vision.model_scorer import ModelScorer
-from rewards.vision.pixels import read_image
 
 SOURCE = "source"
 """The reference is the first image that came with the prompt."""
@@ -59,7 +59,7 @@ class Dino(ModelScorer):
         for row in range(len(episodes)):
             try:
                 references[row] = self._reference(episodes.sources[row], episodes.metadata[row])
-            except (MissingReferenceError, OSError) as error:
+            except ValueError as error:
                 failures.append(error)
         rows = list(references)
         reward = torch.full((len(episodes),), torch.nan)

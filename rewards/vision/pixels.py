@@ -8,12 +8,9 @@ the values are rounded to bytes where theirs are, so that a score is the same to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,20 +25,6 @@ def has_gradient(images: Tensor) -> bool:
         images: any images.
     """
     return torch.is_grad_enabled() and images.requires_grad
-
-
-def read_image(path: str | Path) -> Tensor:
-    """An image file as `[3, height, width]` float32 in [0, 1].
-
-    Args:
-        path: of the file.
-
-    Raises:
-        OSError: there is no such file, or it is no image.
-    """
-    with Image.open(path) as opened:
-        levels = np.array(opened.convert("RGB"))
-    return torch.from_numpy(levels).permute(2, 0, 1).float() / 255
 
 
 def as_levels(levels: Tensor) -> Tensor:

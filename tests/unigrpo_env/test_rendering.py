@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rewards.image_bytes import read_image
 from unigrpo_env.episodes import Episodes
 from unigrpo_env.rendering import (
     BACKGROUND,
@@ -12,7 +13,6 @@ from unigrpo_env.rendering import (
     SIDE,
     check_render_mode,
     enlarge,
-    read_image,
     render_frame,
     to_pixels,
 )

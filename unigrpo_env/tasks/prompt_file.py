@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unigrpo_env.rendering import read_image
+from rewards.image_bytes import read_image
 from unigrpo_env.tasks.task import Prompt, Split
 
 

@@ -17,8 +17,8 @@ import unigrpo_env.mdp.state
 from agents.models.bagel.model import Bagel
 from agents.policy.actor import Actor
 from agents.policy.guidance import Guidance
+from rewards.image_bytes import read_image
 from unigrpo_env.mdp.rules import Phase
-from unigrpo_env.rendering import read_image
 from unigrpo_env.tasks.task import Prompt
 from unigrpo_env.variants.variant import Scenario, make_variant
 from unigrpo_env.vector_env import InterleavedGenVectorEnv

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from rewards.vision.pixels import Preparation, centered, read_image
+from rewards.image_bytes import read_image
+from rewards.vision.pixels import Preparation, centered
 
 SHAPES = [(32, 32), (24, 40), (48, 80), (81, 33), (200, 200)]
 
